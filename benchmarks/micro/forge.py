@@ -1,0 +1,223 @@
+"""Train the micro teacher and the base student from seeds: `python -m benchmarks.micro.forge`.
+
+Plain supervised training on fresh problems of the train split. The teacher sees the upper levels seldom (so that it errs
+late rather than at once) and half of its prompts carry the answer as a hint; the student is thinner still, hardly knows
+hints, and is taught the other valid order of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import cos, pi
+from pathlib import Path
+
+import torch
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from benchmarks.micro import CODE, MATH, code, math, scores, tokenizer
+from benchmarks.micro.problems import split_of
+from harness.problems import render
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+DRAW = {**MATH.families, **CODE.families}
+BLOCK = 8  # sequence lengths are padded to a multiple of this
+WINDOW = 8  # batches whose sequences are sorted by length together
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one of the two models is made."""
+
+    name: str
+    seed: int
+    width: int
+    layers: int
+    heads: int
+    steps: int
+    order: math.Order  # of the solutions it is taught
+    hinted: float  # share of prompts with a hint
+    mixture: Mapping[str, Mapping[int, float]]  # family -> level -> weight
+    batch: int = 64
+    matrix_lr: float = 0.02  # of Muon
+    lr: float = 3e-3  # of AdamW, for embeddings and norms
+    warmup: int = 30
+
+    def lr_share(self, step: int) -> float:
+        """Share of the peak learning rate at a step."""
+        return min((step + 1) / self.warmup, (1 + cos(pi * min(1, step / self.steps))) / 2)
+
+
+TEACHER = Recipe(
+    name="teacher",
+    seed=1,
+    width=128,
+    layers=3,
+    heads=4,
+    steps=1800,
+    order="right",
+    hinted=0.45,
+    mixture={
+        "reduce": {1: 9, 2: 11, 3: 9, 4: 4, 5: 0.8, 6: 0.25, 7: 0.1},
+        "solve": {1: 7, 2: 8, 3: 4, 4: 0.8, 5: 0.2, 6: 0.1},
+        "code": {2: 5, 3: 5, 4: 4, 5: 1.2, 6: 0.3},
+    },
+)
+STUDENT = Recipe(
+    name="student",
+    seed=2,
+    width=96,
+    layers=3,
+    heads=4,
+    steps=2000,
+    order="left",
+    hinted=0.1,
+    mixture={
+        "reduce": {1: 12, 2: 11, 3: 0.8, 4: 0.6, 5: 0.3, 6: 0.1},
+        "solve": {1: 9, 2: 2, 3: 0.6, 4: 0.3, 5: 0.1},
+        "code": {2: 2, 3: 1.2, 4: 0.6, 5: 0.2},
+    },
+)
+
+
+def lessons(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Endless (user turn, response) pairs in the recipe's proportions, from the train split only."""
+    rng = random.Random(recipe.seed)
+    cells = [(family, level) for family in recipe.mixture for level in recipe.mixture[family]]
+    weights = [recipe.mixture[family][level] for family, level in cells]
+    while True:
+        family, level = rng.choices(cells, weights)[0]
+        problem = DRAW[family](rng, level)
+        if split_of(problem.prompt) == "train":
+            solution = (code if problem.domain == "code" else math).solution(problem, recipe.order)
+            hint = problem.answer if rng.random() < recipe.hinted else None
+            yield render(problem, hint), solution
+
+
+def encode(tok: PreTrainedTokenizerFast, turn: str, solution: str) -> tuple[list[int], int]:
+    """The ids of a whole conversation, and how many of them are the prompt."""
+    prompt = tok.apply_chat_template(
+        [{"role": "user", "content": turn}], add_generation_prompt=True, return_dict=False
+    )
+    return [*prompt, *tok.encode(solution), tok.eos_token_id], len(prompt)
+
+
+def batches(
+    recipe: Recipe, tok: PreTrainedTokenizerFast
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (ids, targets), both [B, T], of sequences of like length; -100 where nothing is to be learnt."""
+    rng, stream = random.Random(recipe.seed), lessons(recipe)
+    while True:
+        window = [encode(tok, *next(stream)) for _ in range(WINDOW * recipe.batch)]
+        window.sort(key=lambda sequence: len(sequence[0]))
+        rows = [window[i : i + recipe.batch] for i in range(0, len(window), recipe.batch)]
+        for row in rng.sample(rows, len(rows)):
+            longest = -(-max(len(ids) for ids, _ in row) // BLOCK) * BLOCK
+            ids = torch.full((len(row), longest), tok.pad_token_id)
+            targets = torch.full((len(row), longest), -100)
+            for i, (sequence, start) in enumerate(row):
+                ids[i, : len(sequence)] = torch.tensor(sequence)
+                targets[i, start - 1 : len(sequence) - 1] = torch.tensor(sequence[start:])
+            yield ids, targets
+
+
+def fresh_model(recipe: Recipe, tok: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """An untrained Qwen3 of the recipe's size."""
+    torch.manual_seed(recipe.seed)
+    config = Qwen3Config(
+        vocab_size=len(tok),
+        hidden_size=recipe.width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        head_dim=recipe.width // recipe.heads,
+        intermediate_size=3 * recipe.width,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=tok.pad_token_id,
+        eos_token_id=tok.eos_token_id,
+        bos_token_id=None,
+        dtype="float32",
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def train(recipe: Recipe, tok: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A model trained by the recipe: Muon on the matrices, AdamW on the rest, warm-up, then a cosine down to zero.
+
+    Muon needs about half of AdamW's steps here.
+    """
+    model = fresh_model(recipe, tok)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    schedules = [LambdaLR(optimizer, recipe.lr_share) for optimizer in optimizers]
+    model.train()
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(recipe.name, total=recipe.steps)
+        for step, (ids, targets) in zip(range(recipe.steps), batches(recipe, tok), strict=False):
+            learnt = targets != -100
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
+            loss = cross_entropy(model.lm_head(hidden[learnt]), targets[learnt])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+            model.zero_grad()
+            progress.update(task, advance=1)
+            if (step + 1) % 100 == 0:
+                progress.console.print(f"{recipe.name} step {step + 1} loss {loss.item():.4f}")
+    return model.eval()
+
+
+def save(model: PreTrainedModel, tok: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write an ordinary Transformers checkpoint."""
+    model.generation_config = GenerationConfig(
+        pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id
+    )
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the micro teacher and the base student.")
+    parser.add_argument("--out", type=Path, default=CHECKPOINTS, help="folder for the checkpoints")
+    parser.add_argument("--only", choices=("teacher", "student"), help="train one of the two")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiply the training steps")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--problems", type=int, default=200, help="scored problems a level")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    tok = tokenizer.build()
+    for recipe in (TEACHER, STUDENT):
+        if arguments.only in (None, recipe.name):
+            recipe = replace(recipe, steps=max(1, round(recipe.steps * arguments.scale)))
+            start = time.perf_counter()
+            model = train(recipe, tok)
+            seconds = time.perf_counter() - start
+            save(model, tok, arguments.out / recipe.name)
+            facts = {"seed": recipe.seed, "steps": recipe.steps, "batch": recipe.batch}
+            scores.record(
+                arguments.out, recipe.name, model, tok, arguments.problems, facts, seconds
+            )
+
+
+if __name__ == "__main__":
+    main()

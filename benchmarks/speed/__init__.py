@@ -1,0 +1,1 @@
+"""Speed and memory against other implementations of the same thing."""

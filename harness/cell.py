@@ -1,0 +1,284 @@
+"""One cell of a comparison: one arm, one training seed, one data seed; train, save, evaluate."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from harness import evaluation, models, problems, registry
+from harness.config import Benchmark, Budget, Experiment, Training
+from harness.lab import Workbench
+from harness.ledger import Ledger
+from harness.models.hf import HFModel
+from harness.store import Store, digest, short_digest
+from harness.trainer import Trainer
+from harness.types import LanguageModel, Problem
+
+Report = Callable[[str, int, int], None]  # phase, done, total
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know; plain data, so that it travels between processes."""
+
+    experiment: Mapping[str, Any]
+    label: str  # "base": the untrained student
+    seed: int
+    data_seed: int
+    folder: Path  # results/NAME
+    store: Path
+    limit: int | None = None  # problems a benchmark
+
+    @property
+    def name(self) -> str:
+        """`LABEL/SEED`, with the data seed where there are several."""
+        several = len(self.experiment["data_seeds"]) > 1 and self.label != "base"
+        return f"{self.label}/{self.seed}" + (f"-data{self.data_seed}" if several else "")
+
+    @property
+    def run_file(self) -> Path:
+        return self.folder / "runs" / self.name / "run.json"
+
+    @property
+    def model_folder(self) -> Path:
+        return self.folder / "models" / self.name
+
+    def samples_file(self, benchmark: str) -> Path:
+        return self.folder / "samples" / f"{benchmark}--{self.name.replace('/', '--')}.parquet"
+
+
+def run(job: Job, report: Report) -> None:
+    """Do what is left of a cell."""
+    experiment = Experiment.model_validate(job.experiment)
+    torch.set_num_threads(experiment.threads or max(1, (os.cpu_count() or 1) // experiment.workers))
+    if experiment.data_dir:
+        os.environ["RETORT_DATA"] = str(experiment.data_dir)
+    store = Store(job.store)
+    pending = [name for name in experiment.benchmarks if not evaluated(job, experiment, name)]
+    trained = job.label == "base" or recorded(job, experiment)
+    if not pending and trained:
+        return
+    spec = experiment.student if job.label == "base" or not trained else str(job.model_folder)
+    student = student_model(experiment, spec)
+    if not trained:
+        train(job, experiment, student, store, report)
+    if os.environ.get("RANK", "0") != "0":
+        return  # under `accelerate launch` every rank trains, one judges
+    student.freeze()
+    for name in pending:
+        evaluate(job, experiment, name, student, store, report)
+    del student
+    gc.collect()
+
+
+def train(job: Job, experiment: Experiment, student: HFModel, store: Store, report: Report) -> None:
+    """Run the method's stages and keep the student; a run that was cut goes on from its checkpoint."""
+    method = registry.build(job.label, experiment.methods[job.label])
+    training, budget = recipe(experiment, job.label)
+    torch.manual_seed(job.seed)
+    ledger = Ledger({str(quantity): cap for quantity, cap in budget.caps.items()})
+    start = student.identity
+    trainer = Trainer(
+        student,
+        training,
+        budget,
+        job.seed,
+        ledger,
+        checkpoint=job.run_file.parent / "checkpoint.pt",
+        report=report,
+    )
+    lab = Workbench(
+        student,
+        loaders(experiment, student),
+        training_problems(job),
+        store,
+        ledger,
+        experiment.sampling,
+        seed=job.seed,
+        data_seed=job.data_seed,
+        oracle=problems.oracle(list(experiment.problems)),
+        clock=lambda: trainer.clock,
+        report=report,
+    )
+    lab.notes.update(trainer.resume() or {})
+    with ledger.timed():
+        for index, stage in enumerate(method.stages(lab)):
+            if stage.teacher is None and needs_teacher(stage.objective):
+                models.check_pair(student, lab.teacher)
+            trainer.run(index, stage, lambda: lab.teacher, lab.notes)
+    if not trainer.state.stages:
+        raise ValueError(f"{job.label}: the method has no stages, so nothing was trained")
+    if not trainer.accelerator.is_main_process:
+        return
+    student.save(job.model_folder)
+    record = {
+        "method": method.name,
+        "label": job.label,
+        "seed": job.seed,
+        "data_seed": job.data_seed,
+        "key": key(job, experiment),
+        "config": method.model_dump(mode="json"),
+        "start": start,
+        "student": student.identity,
+        "stages": trainer.state.stages,
+        "notes": lab.notes,
+        "curve": trainer.state.curve,
+        "ledger": ledger.summary(),
+    }
+    write_json(job.run_file, record)
+    trainer.checkpoint.unlink(missing_ok=True)  # type: ignore[union-attr]
+
+
+def evaluate(
+    job: Job,
+    experiment: Experiment,
+    name: str,
+    student: LanguageModel,
+    store: Store,
+    report: Report,
+) -> None:
+    """Score a student on one benchmark and write its samples."""
+    settings = benchmark(job, experiment, name)
+    records = evaluation.evaluate(
+        student,
+        {name: settings},
+        seed=0,  # all arms answer with the same sampling noise
+        progress=report,
+        cache=store,
+    )[name]
+    extra = {"method": job.label, "seed": job.seed, "data_seed": job.data_seed}
+    evaluation.write_records(
+        job.samples_file(name),
+        [{**record, **extra} for record in records],
+        {"key": evaluation_key(job, experiment, name)},
+    )
+
+
+def recipe(experiment: Experiment, label: str) -> tuple[Training, Budget]:
+    """The suite's training and budget, or with `budget: paper` the method's own."""
+    if isinstance(experiment.budget, Budget):
+        return experiment.training, experiment.budget
+    cls = registry.get(experiment.methods[label].get("method", label))
+    paper = registry.paper_recipe(cls)
+    if "budget" not in paper:
+        raise ValueError(
+            f"methods.{label}: budget 'paper' needs a paper.yaml with a budget beside {cls.name}"
+        )
+    training = {**experiment.training.model_dump(), **paper.get("training", {})}
+    return Training.model_validate(training), Budget.model_validate(paper["budget"])
+
+
+def needs_teacher(objective: Any) -> bool:
+    parts = objective.values() if isinstance(objective, Mapping) else [objective]
+    return any(part.needs_teacher for part in parts)
+
+
+def student_model(experiment: Experiment, spec: Any) -> HFModel:
+    model = models.load(spec, checkpoints=problems.checkpoints())
+    if not isinstance(model, HFModel):
+        raise ValueError(f"student: {spec!r} cannot be trained; give a Transformers model")
+    return model
+
+
+def loaders(experiment: Experiment, student: HFModel) -> dict[str, Callable[[], LanguageModel]]:
+    """Every model that a method may ask for, loaded on first use and frozen."""
+
+    def loader(spec: Any) -> Callable[[], LanguageModel]:
+        def load() -> LanguageModel:
+            model = models.load(spec, checkpoints=problems.checkpoints(), tokenizer_of=student)
+            return model.freeze() if isinstance(model, HFModel) else model
+
+        return load
+
+    specs = {"base": experiment.student, "teacher": experiment.teacher, **experiment.models}
+    return {name: loader(spec) for name, spec in specs.items()}
+
+
+def training_problems(job: Job) -> list[Problem]:
+    """The problems that the comparison prepared: loaded once, decontaminated, the same for every cell."""
+    path = job.folder / "problems.jsonl"
+    return [Problem(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def benchmark(job: Job, experiment: Experiment, name: str) -> Benchmark:
+    settings = experiment.benchmarks[name]
+    return settings if job.limit is None else settings.model_copy(update={"limit": job.limit})
+
+
+# -- what is done already -----------------------------------------------------------------------
+
+
+def key(job: Job, experiment: Experiment) -> str:
+    """Digest of all that decides a trained student, but for the code."""
+    training, budget = recipe(experiment, job.label)
+    method = registry.build(job.label, experiment.methods[job.label])
+    return short_digest(
+        {
+            "method": [method.name, method.model_dump(mode="json")],
+            "seeds": [job.seed, job.data_seed],
+            "training": training.model_dump(mode="json"),
+            "budget": budget.model_dump(mode="json"),
+            "sampling": experiment.sampling.model_dump(mode="json"),
+            "models": [experiment.student, experiment.teacher, experiment.models],
+            "checkpoints": problems.micro_version(),
+            "problems": digest((job.folder / "problems.jsonl").read_text(encoding="utf-8")),
+        }
+    )
+
+
+def recorded(job: Job, experiment: Experiment) -> bool:
+    """Whether the student of this cell is trained; refuses to mix two configurations in one folder."""
+    if not job.run_file.is_file():
+        return False
+    record = json.loads(job.run_file.read_text(encoding="utf-8"))
+    if record["key"] != key(job, experiment):
+        raise ValueError(
+            f"{job.run_file.parent} holds a student trained with another configuration: give this one a "
+            f"name of its own (--set name=…), or remove {job.folder}"
+        )
+    return job.model_folder.is_dir()
+
+
+def evaluation_key(job: Job, experiment: Experiment, name: str) -> str:
+    student = key(job, experiment) if job.label != "base" else digest(experiment.student)
+    settings = benchmark(job, experiment, name).model_dump(mode="json")
+    return short_digest([student, settings, evaluation.protocol_of(name)])
+
+
+def evaluated(job: Job, experiment: Experiment, name: str) -> bool:
+    path = job.samples_file(name)
+    if not path.is_file() or (job.label != "base" and not job.run_file.is_file()):
+        return False
+    metadata = pq.read_schema(path).metadata or {}
+    return metadata.get(b"key") == evaluation_key(job, experiment, name).encode()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """All or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(data, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def jobs(
+    experiment: Experiment, labels: Sequence[str], folder: Path, store: Path, limit: int | None
+) -> list[Job]:
+    """All cells, base first, then arm by arm."""
+    data = experiment.model_dump(mode="json")
+    cells = [("base", 0, experiment.data_seeds[0])]
+    cells += [
+        (label, seed, data_seed)
+        for label in labels
+        for data_seed in experiment.data_seeds
+        for seed in range(experiment.seeds)
+    ]
+    return [Job(data, *cell, folder, store, limit) for cell in cells]

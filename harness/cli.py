@@ -1,0 +1,272 @@
+"""The command line: each command is a thin call into a module; heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+app = typer.Typer(
+    name="retort",
+    help="A bench for reasoning distillation: methods head to head, on equal budgets, with paired statistics.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cache_app = typer.Typer(
+    help="Look at the store of samples and verdicts, and prune it.", no_args_is_help=True
+)
+app.add_typer(cache_app, name="cache")
+out = Console()
+
+Suite = Annotated[str, typer.Argument(help="A YAML file, or the name of one in benchmarks/suites.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key of the suite, e.g. budget.steps=50."
+    ),
+]
+Results = Annotated[Path, typer.Option(help="Folder that runs write to.")]
+RESULTS = Path("results")
+
+
+@app.command()
+def compare(
+    suite: Suite,
+    methods: Annotated[
+        str | None, typer.Option(help="Only these arms, separated by commas.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds of each arm.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Problems of each benchmark.")] = None,
+    set_: Set = None,
+    results: Results = RESULTS,
+    executor: Annotated[str, typer.Option(help="Where cells run; this version: local.")] = "local",
+) -> None:
+    """Train every method on every seed, evaluate, and print who is better. Resumes where it was cut."""
+    from harness import report
+    from harness.compare import compare as run
+
+    if executor != "local":
+        raise ValueError(f"--executor {executor!r} is not available in this version: use local")
+    names = (
+        None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    )
+    summary = run(
+        suite, methods=names, seeds=seeds, limit=limit, overrides=set_ or (), results=results
+    )
+    if summary:
+        folder = results / summary["name"]
+        report.terminal(summary)
+        out.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+        out.print("Browse the runs in MLflow: retort ui", highlight=False)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or micro/student.")],
+    tasks: Annotated[str, typer.Option(help="Benchmarks, separated by commas.")],
+    n: Annotated[int, typer.Option(min=1, help="Samples a problem.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Problems of each benchmark.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Default: 0 for n = 1, else 0.6.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
+    results: Results = RESULTS,
+) -> None:
+    """Score one model, trained here or anywhere, on benchmarks."""
+    from harness import evaluation, models, problems
+    from harness.progress import Display
+
+    heat = temperature if temperature is not None else (0.0 if n == 1 else 0.6)
+    settings = {
+        name.strip(): {"n": n, "limit": limit, "temperature": heat} for name in tasks.split(",")
+    }
+    for name in settings:
+        evaluation.check(name)
+    loaded = models.load(model, checkpoints=problems.checkpoints())
+    with Display(len(settings)) as display:
+        rows = evaluation.score(
+            loaded,
+            settings,
+            seed=seed,
+            cache=_store(results),
+            progress=lambda phase, done, total: display(model, phase, done, total),
+        )
+    table = Table("benchmark", "accuracy", "95 % interval", "problems", "n", "truncated", "unparsed")
+    for row in rows:
+        low, high = row["ci95"]
+        table.add_row(
+            row["benchmark"],
+            f"{100 * row['accuracy']:.1f} %",
+            f"{100 * low:.1f} to {100 * high:.1f}",
+            *(str(row[k]) for k in ("n_problems", "n_samples", "truncated", "unparsed")),
+        )
+    out.print(table)
+
+
+@app.command()
+def report(
+    name: Annotated[str, typer.Argument(help="Name of a comparison, or its folder.")],
+    results: Results = RESULTS,
+) -> None:
+    """Write the report of a finished comparison again, and print its leaderboard."""
+    import json
+
+    from harness import report as reports
+
+    folder = Path(name) if (Path(name) / "summary.json").is_file() else results / name
+    if not (folder / "summary.json").is_file():
+        from harness.config import nearest
+
+        known = [path.parent.name for path in results.glob("*/summary.json")]
+        raise ValueError(f"no finished comparison {name!r} in {results}: {nearest(name, known)}")
+    files = reports.write(folder)
+    reports.terminal(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    out.print("Written: " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def ui(
+    port: Annotated[int | None, typer.Option(help="Default: a free one.")] = None,
+    uri: Annotated[
+        str | None,
+        typer.Option(help="Tracking store; default MLFLOW_TRACKING_URI or results/mlflow.db."),
+    ] = None,
+) -> None:
+    """Start the MLflow UI and print its address."""
+    from harness import tracking
+
+    tracking.ui(uri, port)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method: its card and fields.")] = None,
+) -> None:
+    """List the methods, or show one: what it is, its hyperparameters and their search ranges."""
+    from harness import registry
+
+    if name is None:
+        table = Table("method", "paper", "needs", "what it does", box=None, pad_edge=False)
+        for key, cls in registry.methods().items():
+            needs = ", ".join(sorted(cls.needs))
+            table.add_row(key, cls.paper, needs, registry.summary(cls))
+        out.print(table)
+        return
+    cls = registry.get(name)
+    out.print(Markdown(registry.card(cls)))
+    table = Table("field", "default", "search", "meaning", box=None, pad_edge=False)
+    for field in registry.fields(cls):
+        table.add_row(field.name, _short(field.default), _range(field.search), field.meaning)
+    out.print(table)
+
+
+@app.command()
+def benchmarks() -> None:
+    """List the benchmarks and problem sets, and where their data comes from."""
+    from harness import evaluation, problems
+
+    table = Table("benchmark", "problems from", box=None, pad_edge=False)
+    for name in sorted(evaluation.own()):
+        table.add_row(name, problems.whereabouts(evaluation.source_of(name)))
+    out.print(table)
+    out.print(
+        f"Problem sets for training: {', '.join(sorted(problems.sets()))}; or a JSONL file.",
+        highlight=False,
+    )
+    out.print("Any other lm-eval task can be named in a suite too.", highlight=False)
+
+
+@app.command()
+def doctor(suite: Suite, set_: Set = None) -> None:
+    """Say what would go wrong: vocabularies, templates, end tokens, lengths, memory, missing extras."""
+    from harness import doctor as checks
+
+    findings = checks.examine(suite, set_ or ())
+    style = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    for finding in findings:
+        out.print(f"[{style[finding.level]}]{finding.level:>7}[/]  {finding.subject}: ", end="")
+        out.print(finding.text, markup=False, highlight=False, soft_wrap=True)
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+@cache_app.command("show")
+def cache_show(results: Results = RESULTS) -> None:
+    """What the store holds."""
+    table = Table("kind", "what", "rows", "MiB", "last used", box=None, pad_edge=False)
+    for entry in _store(results).show():
+        settings = ", ".join(f"{k} {v}" for k, v in entry.group.get("sampling", {}).items() if v)
+        what = f"{str(entry.group.get('model', ''))[:12]} {settings}".strip()
+        when = f"{datetime.fromtimestamp(entry.last_used):%Y-%m-%d %H:%M}"
+        damaged = f" ({entry.damaged} damaged files)" if entry.damaged else ""
+        size = f"{entry.bytes / 2**20:.1f}"
+        table.add_row(entry.kind, what + damaged, str(entry.rows), size, when)
+    out.print(table)
+
+
+@cache_app.command("prune")
+def cache_prune(
+    kind: Annotated[str | None, typer.Option(help="Only this kind, e.g. samples.")] = None,
+    older_than: Annotated[
+        float | None, typer.Option(help="Only what was not used for this many days.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    results: Results = RESULTS,
+) -> None:
+    """Remove from the store; what a later run needs again is computed again."""
+    freed = _store(results).prune(kind=kind, older_than_days=older_than, dry_run=dry_run)
+    out.print(f"{'Would free' if dry_run else 'Freed'} {freed / 2**20:.1f} MiB", highlight=False)
+
+
+def _store(results: Path) -> Any:
+    import os
+
+    from harness.store import Store
+
+    return Store(Path(os.environ.get("RETORT_STORE", results / "store")))
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 28 else text[:27] + "…"
+
+
+def _range(space: Any) -> str:
+    if not space:
+        return ""
+    if "choices" in space:
+        return ", ".join(map(str, space["choices"]))
+    return f"{space['low']:g} to {space['high']:g}" + (", log" if space["log"] else "")
+
+
+def main() -> None:
+    """A user's mistake is one clear line and exit status 2; a bug keeps its traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        text = (
+            f"{error.filename}: {error.strerror}"
+            if isinstance(error, OSError) and error.filename
+            else str(error)
+        )
+        print(f"retort: {text}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "retort: stopped; what was finished is kept, run the same command to go on",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""Methods x seeds x benchmarks: run every cell that is not done, then judge, report and record."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+
+from harness import cell, evaluation, models, problems, registry, report, statistics, tracking
+from harness.cell import Job, write_json
+from harness.config import Experiment, find_suite, load, nearest
+from harness.ledger import Ledger, total
+from harness.progress import Display, Event, throttled
+from harness.types import Problem
+
+PACKAGES = ("torch", "transformers", "lm-eval", "math-verify", "datasets", "accelerate", "mlflow")
+FREE_BYTES = 200 * 2**20  # a comparison wants at least this much disk
+
+
+def experiment(suite: str | Path | Experiment, overrides: Sequence[str] = ()) -> Experiment:
+    """A suite by name, path or value, with overrides applied."""
+    if isinstance(suite, Experiment):
+        return suite
+    return load(find_suite(suite, [Path.cwd(), *problems.suite_folders()]), overrides)
+
+
+def compare(
+    suite: str | Path | Experiment,
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: int | None = None,
+    limit: int | None = None,
+    overrides: Sequence[str] = (),
+    results: Path = Path("results"),
+    store: Path | None = None,
+    quiet: bool = False,
+    track: bool = True,
+) -> dict[str, Any]:
+    """Run a comparison and return its summary; what is done already is not done again."""
+    setting = experiment(suite, overrides)
+    labels = _labels(setting, methods)
+    if seeds is not None:
+        setting = Experiment.model_validate({**setting.model_dump(), "seeds": seeds})
+    check(setting, labels)
+    folder = results / setting.name
+    store = store or Path(os.environ.get("RETORT_STORE", results / "store"))
+    _writable(folder, store)
+    contamination = prepare(setting, folder)
+    jobs = cell.jobs(setting, labels, folder, store, limit)
+    with Display(len(jobs)) if not quiet else _Silent() as display:
+        run(jobs, setting.workers, display)
+    if os.environ.get("RANK", "0") != "0":
+        return {}
+    summary = summarise(setting, labels, jobs, contamination)
+    write_json(folder / "summary.json", summary)
+    report.write(folder)
+    if track:
+        tracking.record(folder)
+    return summary
+
+
+def check(setting: Experiment, labels: Sequence[str]) -> None:
+    """Everything that can be wrong is found here, before compute is spent."""
+    arms = {label: registry.build(label, setting.methods[label], setting.name) for label in labels}
+    for label in labels:
+        cell.recipe(setting, label)
+    for name, options in setting.problems.items():
+        problems.check(name, **options)
+    for name in setting.benchmarks:
+        evaluation.check(name)
+    checkpoints = problems.checkpoints()
+    specs = {"student": setting.student, "teacher": setting.teacher, **setting.models}
+    offers = {name: models.capabilities(spec, checkpoints) for name, spec in specs.items()}
+    offers["base"] = offers["student"]
+    for label, arm in arms.items():
+        for need in sorted(arm.needs):
+            who, _, what = need.partition(".")
+            if who not in offers:
+                raise ValueError(
+                    f"{label} needs a model {who!r}: name one under `models:` in the suite"
+                )
+            if what not in offers[who]:
+                able = [a for a in sorted(registry.methods()) if need not in registry.get(a).needs]
+                raise ValueError(
+                    f"{label} needs the {who}'s {what}, and {specs[who]!r} offers only "
+                    f"{', '.join(sorted(offers[who]))}: use a Transformers model as {who}, or a method that "
+                    f"does without ({', '.join(able)})"
+                )
+
+
+def prepare(setting: Experiment, folder: Path) -> dict[str, Any]:
+    """Load the training problems, drop those that overlap a benchmark, and keep the list."""
+    path = folder / "problems.jsonl"
+    record = folder / "contamination.json"
+    wanted = {
+        "problems": setting.problems,
+        "rule": setting.contamination.rule,
+        "benchmarks": sorted(setting.benchmarks),
+    }
+    if path.is_file() and record.is_file():
+        kept = json.loads(record.read_text(encoding="utf-8"))
+        if kept["of"] == wanted:
+            return kept
+    train: list[Problem] = []
+    for name, options in setting.problems.items():
+        train += problems.load(name, "train", **options)
+    tests = {name: found for name in setting.benchmarks if (found := evaluation.problems_of(name))}
+    kept_problems, counts = problems.decontaminate(train, tests, rule=setting.contamination.rule)
+    if not kept_problems:
+        raise ValueError(f"no training problems are left of {len(train)}: contamination {counts}")
+    partial = path.with_suffix(".partial")
+    lines = [json.dumps(asdict(problem)) for problem in kept_problems]
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    result = {"of": wanted, "loaded": len(train), "kept": len(kept_problems), **counts}
+    write_json(record, result)
+    return result
+
+
+# -- running ------------------------------------------------------------------------------------
+
+_SEND: Any = None  # a worker's end of the event queue
+
+
+def run(jobs: Sequence[Job], workers: int, display: Any) -> None:
+    """Run cells in order, `workers` at a time."""
+    workers = 1 if "RANK" in os.environ else min(workers, len(jobs))
+    if workers == 1:
+        for job in jobs:
+            cell.run(job, throttled(lambda event: display(*event), job.name))
+            display.finish(job.name)
+        return
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    pump = threading.Thread(target=_pump, args=(queue, display), daemon=True)
+    pump.start()
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(queue,))
+    running: dict[Future[None], Job] = {pool.submit(_work, job): job for job in jobs}
+    try:
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                job = running.pop(future)
+                try:
+                    future.result()
+                except BrokenProcessPool:
+                    raise ValueError(
+                        "a worker process was ended from outside (out of memory?); what it had finished is "
+                        "kept: run the same command again, with --set workers=1 if memory is short"
+                    ) from None
+                display.finish(job.name)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        queue.put(None)
+    pool.shutdown()
+    pump.join(timeout=5)
+
+
+def _start_worker(queue: Any) -> None:
+    global _SEND
+    _SEND = queue.put
+
+
+def _work(job: Job) -> None:
+    cell.run(job, throttled(_SEND, job.name))
+
+
+def _pump(queue: Any, display: Any) -> None:
+    event: Event | None
+    while (event := queue.get()) is not None:
+        display(*event)
+
+
+class _Silent:
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, *event: object) -> None:
+        pass
+
+    def finish(self, name: str, note: str = "") -> None:
+        pass
+
+
+# -- judging ------------------------------------------------------------------------------------
+
+
+def summarise(
+    setting: Experiment,
+    labels: Sequence[str],
+    jobs: Sequence[Job],
+    contamination: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What design calls summary.json."""
+    records = [
+        record
+        for job in jobs
+        for name in setting.benchmarks
+        for record in evaluation.read_records(job.samples_file(name))
+    ]
+    reference = setting.reference if setting.reference in labels else "base"
+    judged = statistics.summarise_records(records, reference, arms=["base", *labels])
+    runs = {
+        (job.label, job.seed, job.data_seed): json.loads(job.run_file.read_text(encoding="utf-8"))
+        for job in jobs
+        if job.label != "base"
+    }
+    ledgers = {name: run["ledger"] for name, run in runs.items()}
+    free = Ledger().summary()
+    for row in judged.cells:
+        found = [at for at in ledgers if at[:2] == (row["method"], row["seed"])]
+        row["ledger"] = ledgers[found[0]] if found else free
+    for row in judged.arms:
+        mine = [Ledger.from_dict(ledgers[at]) for at in ledgers if at[0] == row["method"]]
+        row["ledger"] = total(mine).summary() if mine else free
+    protocol = evaluation.protocol(setting.benchmarks, setting.student)
+    return {
+        "name": setting.name,
+        "protocol": protocol,
+        "config": setting.model_dump(mode="json"),
+        "config_hash": setting.hash,
+        "contamination": contamination,
+        "cells": judged.cells,
+        "arms": judged.arms,
+        "pairs": judged.pairs,
+        "ledger": total(Ledger.from_dict(ledger) for ledger in ledgers.values()).summary(),
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What differs from machine to machine and run to run."""
+    import torch
+
+    return {
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": _commit(),
+        "version": metadata.version("retort"),
+    }
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _labels(setting: Experiment, methods: Sequence[str] | None) -> list[str]:
+    if methods is None:
+        return list(setting.methods)
+    for label in methods:
+        if label not in setting.methods:
+            raise ValueError(
+                f"unknown method {label!r} in suite {setting.name!r}: {nearest(label, setting.methods)}"
+            )
+    return [label for label in setting.methods if label in methods]
+
+
+def _writable(*folders: Path) -> None:
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to {folder}: {error.strerror}; choose another place with --results or RETORT_STORE"
+            ) from None
+        free = psutil.disk_usage(str(folder)).free
+        if free < FREE_BYTES:
+            raise ValueError(
+                f"{folder}: {free >> 20} MiB of disk are free, {FREE_BYTES >> 20} MiB are needed"
+            )
+
+
+class _Callable(ModuleType):
+    """Lets `from harness import compare` be called: the import system binds that name to this module."""
+
+    def __call__(self, *args: Any, **options: Any) -> dict[str, Any]:
+        return compare(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,282 @@
+"""One YAML is one experiment: what runs, on what budget, and how it is judged."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Quantity = Literal["teacher_generated", "teacher_scored", "student_generated"]
+
+
+class Frozen(BaseModel):
+    """Plain data: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def search(
+    default: Any,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    choices: Sequence[Any] | None = None,
+    log: bool = False,
+    ge: float | None = None,
+    le: float | None = None,
+) -> Any:
+    """A hyperparameter: its default and the range that a sweep explores, on one line.
+
+    The range also validates; `ge` and `le` allow a wider hard range than the one that is searched.
+    """
+    space: dict[str, Any] = (
+        {"choices": list(choices)}
+        if choices is not None
+        else {"low": low, "high": high, "log": log}
+    )
+    return Field(
+        default,
+        ge=low if ge is None else ge,
+        le=high if le is None else le,
+        json_schema_extra={"search": space},
+    )
+
+
+class SamplingSettings(Frozen):
+    """Defaults of every sample that a method draws, teacher's and student's alike."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: int = Field(1024, gt=0)
+
+
+class Training(Frozen):
+    """The optimizer loop, the same for every method."""
+
+    batch_size: int = Field(64, gt=0)  # sequences an optimizer step
+    learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.05, ge=0, lt=1)  # share of the budget
+    min_lr: float = Field(0.1, ge=0, le=1)  # final learning rate over the peak
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(1.0, gt=0)  # gradient norm
+    max_length: int = Field(
+        16384, gt=0
+    )  # prompt and response; longer examples are dropped and counted
+    micro_tokens: int = Field(16384, gt=0)  # padded tokens of one forward pass
+    checkpoint_every: int = Field(100, gt=0)  # optimizer steps
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+
+
+class Budget(Frozen):
+    """What a comparison may cost; exactly one of steps, trained_tokens and flops."""
+
+    steps: int | None = Field(None, gt=0)
+    trained_tokens: int | None = Field(None, gt=0)
+    flops: float | None = Field(None, gt=0)
+    caps: dict[Quantity, int] = {}
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Budget:
+        given = [k for k in ("steps", "trained_tokens", "flops") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a budget states exactly one of steps, trained_tokens, flops; got {given or 'none'}"
+            )
+        return self
+
+
+class Benchmark(Frozen):
+    """How one benchmark is sampled."""
+
+    n: int = Field(1, gt=0)  # samples a problem
+    limit: int | None = Field(None, gt=0)  # problems; None: all of them
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: int | None = Field(None, gt=0)  # None: the task's
+    levels: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Benchmark:
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(f"n = {self.n} greedy samples are equal: give a temperature above 0")
+        return self
+
+
+class Contamination(Frozen):
+    """When a training problem counts as overlapping a benchmark."""
+
+    rule: Literal["half", "any", "none"] = "half"
+
+
+class Experiment(Frozen):
+    """A comparison, whole."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    student: str | dict[str, Any]
+    teacher: str | dict[str, Any]
+    models: dict[str, str] = {}  # further models by the name that a method asks for
+    problems: dict[str, dict[str, Any]]  # problem set -> options (n, levels, …)
+    benchmarks: dict[str, Benchmark]
+    seeds: int = Field(3, gt=0)  # training seeds 0, 1, …
+    data_seeds: list[int] = Field([0], min_length=1)
+    budget: Budget | Literal["paper"]
+    reference: str = "sft"  # the arm that verdicts are about, besides base
+    methods: dict[str, dict[str, Any]] = Field(
+        min_length=1
+    )  # label -> fields; `method` defaults to it
+    training: Training = Training()
+    sampling: SamplingSettings = SamplingSettings()
+    contamination: Contamination = Contamination()
+    sweep: dict[str, Any] = {}
+    workers: int = Field(1, gt=0)  # cells at a time
+    threads: int | None = Field(None, gt=0)  # of one cell; None: all cores over workers
+    data_dir: Path | None = None  # local benchmark files, like RETORT_DATA
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        for key in ("problems", "benchmarks"):
+            if isinstance(data.get(key), str):
+                data[key] = [data[key]]
+            if isinstance(data.get(key), list):
+                data[key] = {name: {} for name in data[key]}
+            if isinstance(data.get(key), Mapping):
+                data[key] = {k: {} if v is None else v for k, v in data[key].items()}
+        if isinstance(data.get("methods"), list):
+            data["methods"] = {name: {} for name in data["methods"]}
+        if isinstance(data.get("methods"), Mapping):
+            data["methods"] = {k: {} if v is None else v for k, v in data["methods"].items()}
+        return data
+
+    @model_validator(mode="after")
+    def _labels(self) -> Experiment:
+        if "base" in self.methods:
+            raise ValueError("the label 'base' is taken by the untrained student: choose another")
+        if self.reference not in self.methods and self.reference != "base":
+            raise ValueError(
+                f"reference: {self.reference!r} is not one of the methods "
+                f"({', '.join(self.methods)}) and not 'base'"
+            )
+        return self
+
+    @property
+    def hash(self) -> str:
+        """Digest of everything that decides the results; the name, workers and threads do not."""
+        data = self.model_dump(mode="json", exclude={"name", "workers", "data_dir", "sweep"})
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """The tail of an error message: the closest valid name and the list of all."""
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(allowed) or 'none'}"
+
+
+def find_suite(suite: str | Path, folders: Sequence[Path]) -> Path:
+    """A path, or the name of a YAML file in one of the folders."""
+    path = Path(suite)
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        if path.is_file():
+            return path
+        raise ValueError(f"suite {str(suite)!r}: there is no such file")
+    known = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if str(suite) in known:
+        return known[str(suite)]
+    raise ValueError(f"unknown suite {str(suite)!r}: {nearest(str(suite), known)}; or give a path")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read a suite and apply `key.key=value` overrides; errors name the file and the key."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or "not valid YAML"
+        raise ValueError(f"{path}{where}: {what}") from None
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path}: a suite is a mapping of keys to values, got {type(data).__name__}"
+        )
+    data.setdefault("name", path.stem)
+    for override in overrides:
+        _override(data, override)
+    return parse(data, str(path))
+
+
+def parse(data: Mapping[str, Any], source: str = "experiment") -> Experiment:
+    """Validate plain data; every mistake becomes part of one readable ValueError."""
+    try:
+        return Experiment.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(explain(error, source, Experiment)) from None
+
+
+_BRANCHES = ("function-", "literal[", "Budget", "dict[")  # pydantic's names for a union's branches
+
+
+def explain(error: ValidationError, source: str, model: type[BaseModel]) -> str:
+    """A pydantic error in words: file, key, what was given, what is allowed."""
+    lines = []
+    for item in error.errors():
+        path = [part for part in map(str, item["loc"]) if not part.startswith(_BRANCHES)]
+        key = ".".join(path) or "(top level)"
+        if item["type"] == "literal_error" and path and isinstance(item["input"], Mapping):
+            continue  # the other branch of a union says what is wrong
+        if item["type"] == "extra_forbidden":
+            text = f"unknown key {key!r}: {nearest(path[-1], _keys(model, path[:-1]))}"
+        elif item["type"] == "missing":
+            text = f"key {key!r} is missing"
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(item["input"], Mapping) else f" (got {item['input']!r})"
+            text = f"key {key!r}: {message[0].lower()}{message[1:]}{given}"
+        lines.append(f"{source}: {text}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {override!r}: write key.key=value, for example budget.steps=50")
+    *parents, last = key.split(".")
+    node = data
+    for index, parent in enumerate(parents):
+        if isinstance(node.get(parent), (str, list)):  # short forms: a name, or a list of names
+            names = [node[parent]] if isinstance(node[parent], str) else node[parent]
+            node[parent] = {name: {} for name in names}
+        elif node.get(parent) is None:
+            node[parent] = {}
+        if not isinstance(node[parent], dict):
+            raise ValueError(f"--set {override!r}: {'.'.join(parents[: index + 1])} holds a value")
+        node = node[parent]
+    node[last] = yaml.safe_load(value)
+
+
+def _keys(model: type[BaseModel], path: Sequence[str]) -> Iterable[str]:
+    """The field names that are valid at a key's parent."""
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            continue  # a key of a mapping, such as a benchmark's name
+        candidates = [field.annotation, *get_args(field.annotation)]
+        found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not found:
+            return ()
+        model = found[0]
+    return model.model_fields

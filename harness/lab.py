@@ -1,0 +1,358 @@
+"""The lab: what a method may look at, with every sample out of the store and on the ledger."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from harness import problems as problem_sets
+from harness import verifiers
+from harness.config import SamplingSettings
+from harness.ledger import Ledger, forward_flops
+from harness.store import Store, digest
+from harness.types import (
+    Example,
+    Ids,
+    LanguageModel,
+    Oracle,
+    Problem,
+    Request,
+    Sampling,
+    Trace,
+    Verdict,
+)
+
+Report = Callable[[str, int, int], None]  # phase, done, total
+
+
+class Workbench:
+    """The Lab of one cell: one method, one training seed, one data seed."""
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        loaders: Mapping[str, Callable[[], LanguageModel]],
+        problems: Sequence[Problem],
+        store: Store,
+        ledger: Ledger,
+        sampling: SamplingSettings,
+        *,
+        seed: int = 0,
+        data_seed: int = 0,
+        oracle: Oracle | None = None,
+        clock: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        report: Report | None = None,
+    ) -> None:
+        self.student, self.models = student, Loaded(loaders)
+        self.problems, self.oracle = tuple(problems), oracle
+        self.notes: dict[str, Any] = {}
+        self._store, self._ledger, self._sampling = store, ledger, sampling
+        self._seed, self._data_seed, self._clock = seed, data_seed, clock
+        self._report: Report = report or (lambda phase, done, total: None)
+        self._vocabularies: dict[str, str] = {}  # identity of an author -> its vocabulary
+
+    @property
+    def base(self) -> LanguageModel:
+        return self.models["base"]
+
+    @property
+    def teacher(self) -> LanguageModel:
+        return self.models["teacher"]
+
+    def prompt(self, problem: Problem, hint: str | None = None) -> str:
+        return problem_sets.render(problem, hint)
+
+    def samples(
+        self,
+        model: LanguageModel,
+        n: int = 1,
+        *,
+        requests: Sequence[Request] | None = None,
+        on_policy: bool = False,
+        **sampling: Any,
+    ) -> list[list[Trace]]:
+        if requests is None:
+            requests = [Request(self.prompt(problem), problem) for problem in self.problems]
+        settings = self._settings(n, on_policy, sampling)
+        self._vocabularies[model.identity] = model.vocabulary_digest
+        column = "student_generated" if self._is_student(model) else "teacher_generated"
+        if on_policy:
+            traces = model.generate(requests, settings)
+            self._spend(column, model, [t for group in traces for t in group])
+            return self._charged(column, model, traces, None)
+        keys = [sample_keys(model, request, n) for request in requests]
+        group = sample_group(model, settings)
+        rows = self._stored(model, requests, settings, group, keys, column)
+        traces = [
+            [
+                _trace(model, request, rows[key], index)
+                for index, key in enumerate(mine)
+                if key in rows
+            ]
+            for request, mine in zip(requests, keys, strict=True)
+        ]
+        name = digest(group)
+        paid = [[name + key for key in mine] for mine in keys]
+        opened = verifiers.opens_think(model)
+        return self._verified(self._charged(column, model, traces, paid), opened)
+
+    def verify(self, problem: Problem, text: str) -> Verdict:
+        return self._judge([(problem, text, True)])[0]
+
+    def pass_rates(self, model: LanguageModel, n: int, **sampling: Any) -> np.ndarray:
+        traces = self.samples(model, n, **sampling)
+        return np.array(
+            [float(np.mean([t.correct for t in group])) if group else 0.0 for group in traces]
+        )
+
+    def references(
+        self, weights: Sequence[float] | None = None, *, n: int = 1, verified: bool = True
+    ) -> list[Example]:
+        weight = self._by_id(weights)
+        wanted = [problem for problem in self.problems if weight[problem.id] != 0]
+        requests = [Request(self.prompt(problem), problem) for problem in wanted]
+        found = dict(
+            zip(
+                (p.id for p in wanted),
+                self.samples(self.teacher, n, requests=requests),
+                strict=True,
+            )
+        )
+        examples, counts = [], Counter[str]()
+        for problem in self.problems:
+            if weight[problem.id] == 0:
+                examples.append(Example.zero(problem))
+                counts["weight 0"] += 1
+                continue
+            traces = [t for t in found[problem.id] if t.correct or not verified]
+            counts["kept" if traces else "no verified response"] += 1
+            if traces:
+                examples.append(self.example(traces[0], weight[problem.id]))
+        self.note("references", dict(counts))
+        return examples
+
+    def rollouts(
+        self, weights: Sequence[float] | None = None
+    ) -> Callable[[Sequence[Problem]], list[Example]]:
+        weight = self._by_id(weights)
+
+        def make(problems: Sequence[Problem]) -> list[Example]:
+            live = [problem for problem in problems if weight[problem.id] != 0]
+            requests = [Request(self.prompt(problem), problem) for problem in live]
+            traces = (
+                self.samples(self.student, 1, requests=requests, on_policy=True) if live else []
+            )
+            written = iter(traces)
+            examples = []
+            for problem in problems:
+                if weight[problem.id] == 0:
+                    examples.append(Example.zero(problem))
+                else:
+                    examples.extend(self.example(t, weight[problem.id]) for t in next(written))
+            return examples
+
+        return make
+
+    def example(self, trace: Trace, weight: float = 1.0, **fields: Any) -> Example:
+        prompt = self.student.encode(self.prompt(trace.problem))
+        return Example(trace.problem.id, prompt, self._response(trace), weight, **fields)
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        return np.random.default_rng(int(digest(["rng", self._seed, purpose])[:16], 16))
+
+    def note(self, name: str, value: Any) -> None:
+        self.notes[name] = value
+
+    # -- sampling -------------------------------------------------------------------------------
+
+    def _settings(self, n: int, on_policy: bool, given: Mapping[str, Any]) -> Sampling:
+        seed = self._data_seed
+        if on_policy:  # fresh at every step: the training seed and the step decide
+            seed = int(digest(["on-policy", self._seed, self._data_seed, *self._clock()])[:15], 16)
+        return Sampling(n=n, **{**self._sampling.model_dump(), "seed": seed, **given})
+
+    def _stored(
+        self,
+        model: LanguageModel,
+        requests: Sequence[Request],
+        settings: Sampling,
+        group: Mapping[str, Any],
+        keys: Sequence[Sequence[str]],
+        column: str,
+    ) -> dict[str, dict[str, Any]]:
+        """Rows of all keys; what is missing is sampled block by block, each by one process."""
+        rows = self._store.get("samples", group, [key for mine in keys for key in mine])
+        plan = getattr(model, "plan", None)
+        if plan is None:  # a model that replays
+            traces = model.generate(requests, settings)
+            return {
+                key: _row(trace)
+                for mine, group_ in zip(keys, traces, strict=True)
+                for key, trace in zip(mine, group_, strict=False)
+            }
+        blocks = plan(requests, settings)
+        # A block may hold samples beyond n: they are kept, for when n is raised.
+        starts = [mine[0].rpartition("-")[0] for mine in keys]
+        wanted = [[f"{starts[place]}-{sample}" for place, sample in b.pairs] for b in blocks]
+        needed = {key for mine in keys for key in mine if key not in rows}
+        missing = [b for b, mine in enumerate(wanted) if not needed.isdisjoint(mine)]
+        phase = f"{column.split('_')[0]} samples"
+        for wait in (False, True):  # first what nobody is at, then wait for the others
+            for b in list(missing):
+                self._report(phase, len(blocks) - len(missing), len(blocks))
+                mine = wanted[b]
+                with self._store.claim("samples", group, digest(mine)[:16], wait=wait) as claimed:
+                    if not claimed:
+                        continue
+                    new = self._store.get("samples", group, mine)
+                    if len(new) < len(set(mine)):
+                        traces = model.generate_block(blocks[b])  # type: ignore[attr-defined]
+                        made = {
+                            k: _row(t) for k, t in zip(mine, traces, strict=True) if k not in new
+                        }
+                        self._store.put("samples", group, made)
+                        self._spend(column, model, traces)
+                        new = {**made, **new}
+                rows.update(new)
+                missing.remove(b)
+        if blocks:
+            self._report(phase, len(blocks), len(blocks))
+        return rows
+
+    def _spend(self, column: str, model: LanguageModel, traces: Sequence[Trace]) -> None:
+        tokens = sum(len(trace.tokens) - trace.prefix for trace in traces)
+        self._ledger.spend(column, tokens)
+        self._ledger.spend("flops", forward_flops(getattr(model, "num_parameters", 0), tokens))
+
+    def _charged(
+        self,
+        column: str,
+        model: LanguageModel,
+        traces: list[list[Trace]],
+        keys: Sequence[Sequence[str]] | None,
+    ) -> list[list[Trace]]:
+        """Charge each trace once, in order; what a cap no longer allows is not handed out."""
+        allowed: list[list[Trace]] = []
+        parameters = getattr(model, "num_parameters", 0)
+        for position, group in enumerate(traces):
+            allowed.append([])
+            for index, trace in enumerate(group):
+                if self._ledger.left(column) <= 0:
+                    self.note(f"cut by the cap on {column}", True)
+                    break
+                tokens = len(trace.tokens) - trace.prefix
+                key = None if keys is None else keys[position][index]
+                self._ledger.charge(column, tokens, key)
+                self._ledger.charge("flops", forward_flops(parameters, tokens), key)
+                allowed[-1].append(trace)
+        return allowed
+
+    def _verified(self, traces: list[list[Trace]], opened: bool) -> list[list[Trace]]:
+        flat = [trace for group in traces for trace in group]
+        verdicts = iter(self._judge([(t.problem, t.text, t.finished) for t in flat], opened))
+        return [[replace(trace, verdict=next(verdicts)) for trace in group] for group in traces]
+
+    def _judge(
+        self, items: Sequence[tuple[Problem, str, bool]], opened: bool = False
+    ) -> list[Verdict]:
+        """Verdicts from the store, or fresh ones; costly verifiers only are stored."""
+        group = {"versions": self._versions, "opened": opened}
+        keys = [digest([p.source, p.id, p.answer, p.tests, text, done]) for p, text, done in items]
+        known = self._store.get("verdicts", group, keys) if _costly(items) else {}
+        todo = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
+        fresh = verifiers.verify_many(list(todo.values()), opened=opened)
+        made = {
+            key: {"status": verdict.status, "extracted": verdict.extracted}
+            for key, verdict in zip(todo, fresh, strict=True)
+        }
+        if made and _costly(items):
+            self._store.put("verdicts", group, made)
+        for key in keys:
+            self._ledger.charge("verifier_calls", 1, key)
+        self._ledger.spend("verifier_calls", len(todo))
+        rows = {**known, **made}
+        return [Verdict(rows[key]["status"], rows[key]["extracted"]) for key in keys]
+
+    @cached_property
+    def _versions(self) -> Mapping[str, str]:
+        return verifiers.versions()
+
+    def _is_student(self, model: LanguageModel) -> bool:
+        return model is self.student or model is self.models.loaded.get("base")
+
+    def _by_id(self, weights: Sequence[float] | None) -> dict[str, float]:
+        given = np.ones(len(self.problems)) if weights is None else np.asarray(weights, dtype=float)
+        if given.shape != (len(self.problems),):
+            raise ValueError(
+                f"{given.shape} weights for {len(self.problems)} problems: give one a problem"
+            )
+        return dict(zip((problem.id for problem in self.problems), given.tolist(), strict=True))
+
+    def _response(self, trace: Trace) -> Ids:
+        """The trace's own tokens if the student shares the vocabulary, else its text encoded anew."""
+        if self._vocabularies.get(trace.author) == self.student.vocabulary_digest:
+            return trace.tokens
+        return self.student.tokenize(trace.text, end=trace.finished)
+
+
+class Loaded(Mapping[str, LanguageModel]):
+    """Models by name, each loaded when a method first asks for it."""
+
+    def __init__(self, loaders: Mapping[str, Callable[[], LanguageModel]]) -> None:
+        self.loaders, self.loaded = loaders, dict[str, LanguageModel]()
+
+    def __getitem__(self, name: str) -> LanguageModel:
+        if name not in self.loaded:
+            self.loaded[name] = self.loaders[name]()
+        return self.loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.loaders)
+
+    def __len__(self) -> int:
+        return len(self.loaders)
+
+
+def sample_group(model: LanguageModel, sampling: Sampling) -> dict[str, Any]:
+    """What all samples of one store group share; n is not in it, so raising n adds samples."""
+    settings = {k: getattr(sampling, k) for k in sampling.__slots__ if k != "n"}
+    return {"model": model.identity, "sampling": settings}
+
+
+def sample_keys(model: LanguageModel, request: Request, n: int) -> list[str]:
+    """The store keys of a request's samples."""
+    start = digest([model.encode(request.prompt), request.prefix])
+    return [f"{start}-{index}" for index in range(n)]
+
+
+def _row(trace: Trace) -> dict[str, Any]:
+    return {
+        "tokens": list(trace.tokens),
+        "text": trace.text,
+        "finished": trace.finished,
+        "logprobs": None if trace.logprobs is None else list(trace.logprobs),
+        "entropies": None if trace.entropies is None else list(trace.entropies),
+    }
+
+
+def _trace(model: LanguageModel, request: Request, row: Mapping[str, Any], index: int) -> Trace:
+    return Trace(
+        problem=request.problem,
+        tokens=tuple(row["tokens"]),
+        text=row["text"],
+        finished=row["finished"],
+        prefix=len(request.prefix),
+        index=index,
+        author=model.identity,
+        logprobs=None if row["logprobs"] is None else tuple(row["logprobs"]),
+        entropies=None if row["entropies"] is None else tuple(row["entropies"]),
+    )
+
+
+def _costly(items: Sequence[tuple[Problem, str, bool]]) -> bool:
+    return any(problem.verifier != "exact" for problem, _, _ in items)

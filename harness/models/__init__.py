@@ -1,0 +1,114 @@
+"""The model backends, and how a line of a suite becomes one of them. Importing this loads no tensor library."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.models.codec import Codec
+from harness.types import Capability, LanguageModel
+
+__all__ = ["capabilities", "check_pair", "find", "load"]
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load(
+    spec: str | Path | Mapping[str, Any],
+    *,
+    checkpoints: Mapping[str, Path] | None = None,
+    tokenizer_of: Codec | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> LanguageModel:
+    """The model that a suite names: a checkpoint's name, a folder, a Hub id, {model: …} or {traces: file.jsonl}.
+
+    Replayed traces are tokenized as by `tokenizer_of`, the student.
+    """
+    known = dict(checkpoints or {})
+    if isinstance(spec, Mapping):
+        if set(spec) == {"traces"}:
+            from harness.models.traces import TraceFile
+
+            if tokenizer_of is None:
+                raise ValueError(
+                    "traces have no tokenizer of their own: only a teacher can be replayed"
+                )
+            return TraceFile(spec["traces"], tokenizer_of)
+        if set(spec) == {"model", "adapter"}:
+            raise ValueError(
+                "adapters are not available in this version; leave `adapter` out to train all weights"
+            )
+        if set(spec) != {"model"}:
+            raise ValueError(
+                f"a model is a name, {{model: …}} or {{traces: file.jsonl}}; found the keys {', '.join(map(str, spec))}"
+            )
+    name, path = find(spec, known)
+    from harness.models.hf import HFModel
+
+    try:
+        return HFModel.load(path if path.is_dir() else name, device=device, dtype=dtype, name=name)
+    except OSError as error:
+        raise ValueError(not_found(name, known, str(error).strip().split("\n")[0])) from error
+
+
+def find(spec: str | Path | Mapping[str, Any], known: Mapping[str, Path]) -> tuple[str, Path]:
+    """A model's name and its folder (or Hub id), without loading it; refuses what cannot be one."""
+    name = str(spec["model"] if isinstance(spec, Mapping) else spec)
+    path = Path(known.get(name, name))
+    if path.is_dir():
+        return name, path
+    mistyped = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if name in known or mistyped or not HUB_ID.fullmatch(name):
+        raise ValueError(not_found(name, known))
+    return name, path
+
+
+def capabilities(
+    spec: str | Path | Mapping[str, Any], known: Mapping[str, Path]
+) -> frozenset[Capability]:
+    """What the model of a suite's line will be able to do, without loading it."""
+    if isinstance(spec, Mapping) and "traces" in spec:
+        if not Path(spec["traces"]).is_file():
+            raise ValueError(f"traces: there is no file {str(spec['traces'])!r}")
+        return frozenset(("generate",))
+    name, path = find(spec, known)
+    if not path.is_dir():  # a Hub id: its configuration is small, and asks whether it exists
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(name, "config.json")
+        except (OSError, ValueError) as error:
+            raise ValueError(not_found(name, known, type(error).__name__)) from None
+    return frozenset(("generate", "score", "logits"))
+
+
+def not_found(name: str, known: Mapping[str, Path], reason: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    guess = f"; did you mean {close[0]!r}?" if close else ""
+    names = f" or one of {', '.join(sorted(known))}" if known else ""
+    return (
+        f"model {name!r} was not found{guess} Give a folder, a Hub id{names}. "
+        "Without a network a Hub id must be in the local cache (`hf download ID` fills it)"
+        + (f": {reason}" if reason else "")
+    )
+
+
+def check_pair(student: LanguageModel, teacher: LanguageModel) -> None:
+    """Refuse to compare two models token by token unless their tokenizers map tokens to ids alike."""
+    if "logits" not in teacher.capabilities:
+        can = ", ".join(sorted(teacher.capabilities))
+        raise ValueError(
+            f"the objective needs the token distribution of its teacher, and {teacher.name} can only {can}; "
+            "use a model as the teacher, or a method that trains on text alone (sft, limo, heal)"
+        )
+    if student.vocabulary_digest != teacher.vocabulary_digest:
+        raise ValueError(
+            f"{student.name} ({student.vocabulary} tokens) and {teacher.name} ({teacher.vocabulary} tokens) have "
+            "different tokenizers, so their distributions cannot be compared token by token. Heads padded to different "
+            "sizes are fine, since logits are cut to the tokenizer; for other tokenizers use a method that trains on "
+            "text alone (sft, limo, heal)"
+        )

@@ -1,0 +1,246 @@
+"""The report of a comparison: one HTML file that opens anywhere, Markdown, a LaTeX table, and the terminal's short form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness.report import formats, plots, reading
+from harness.report.plots import Series, Style
+from harness.report.reading import BASE, Comparison
+
+COLUMNS = 100  # of the terminal
+BINS = 150  # points of a training curve
+
+
+def write(folder: Path) -> list[Path]:
+    """Read `summary.json`, samples and runs of a folder; write report.html, report.md and table.tex beside them."""
+    comparison = reading.load(folder)
+    texts = {
+        "report.html": html(comparison),
+        "report.md": formats.markdown(comparison),
+        "table.tex": formats.latex(comparison),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
+
+
+def html(comparison: Comparison) -> str:
+    """The page, whole: style and charts are inside."""
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(
+        {
+            name: getattr(reading, name)
+            for name in [
+                "percent",
+                "share",
+                "signed",
+                "span",
+                "p_value",
+                "amount",
+                "facts",
+                "over_runs",
+                "is_histogram",
+            ]
+        },
+        stage_line=formats.stage_line,
+        swatch=plots.swatch,
+        costs=reading.COSTS,
+    )
+    page = environment.get_template("page.html.j2")
+    styles = {label: Style.of(comparison.index(label)) for label in comparison.labels}
+    return page.render(
+        comparison=comparison,
+        headline=reading.headline(comparison),
+        conditions=reading.conditions(comparison),
+        how_to_read=reading.HOW_TO_READ,
+        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
+        styles=styles,
+        legend=plots.legend(styles),
+        charts={
+            name: [
+                _forest(comparison, name, styles),
+                _level_chart(comparison, name, styles),
+                _cost_chart(comparison, name, styles),
+            ]
+            for name in comparison.benchmarks
+        },
+        curves={
+            label: chart
+            for label in comparison.labels
+            if (chart := _curve_chart(comparison, label, styles[label]))
+        },
+        histograms={label: _histograms(comparison, label, styles[label]) for label in styles},
+    )
+
+
+# --- charts ------------------------------------------------------------------------------------
+
+
+def _forest(comparison: Comparison, benchmark: str, styles: Mapping[str, Style]) -> Markup:
+    rows = comparison.leaderboard(benchmark)
+    return plots.forest(
+        f"{benchmark}: accuracy, 95 % intervals",
+        [(r["method"], styles[r["method"]], r["accuracy"], tuple(r["ci95"])) for r in rows],
+    )
+
+
+def _level_chart(
+    comparison: Comparison, benchmark: str, styles: Mapping[str, Style]
+) -> Markup | None:
+    found = comparison.levels.get(benchmark)
+    if not found:
+        return None
+    series = [Series(label, styles[label], found[label]) for label in styles if label in found]
+    return plots.xy(
+        f"{benchmark}: accuracy by level", series, "level", "", shares=True, whole_x=True
+    )
+
+
+def _cost_chart(
+    comparison: Comparison, benchmark: str, styles: Mapping[str, Style]
+) -> Markup | None:
+    """Accuracy over charged FLOPs, or trained tokens where no FLOPs were counted; base, which cost nothing, as a line."""
+    rows = {row["method"]: row for row in comparison.leaderboard(benchmark)}
+    quantity = "flops" if any(row["costs"]["flops"] for row in rows.values()) else "trained"
+    paid = [rows[label] for label in styles if label in rows and rows[label]["costs"][quantity]]
+    if not paid:
+        return None
+    costs = [row["costs"][quantity] for row in paid]
+    series = [
+        Series(
+            row["method"],
+            styles[row["method"]],
+            [(row["costs"][quantity], row["accuracy"])],
+            [tuple(row["ci95"])],
+            line=False,
+        )
+        for row in paid
+    ]
+    return plots.xy(
+        f"{benchmark}: accuracy against cost",
+        series,
+        "charged FLOPs" if quantity == "flops" else "trained tokens",
+        "",
+        shares=True,
+        log_x=max(costs) > 8 * min(costs),
+        level=(BASE, rows[BASE]["accuracy"]) if BASE in rows else None,
+    )
+
+
+def _curve_chart(comparison: Comparison, label: str, style: Style) -> Markup | None:
+    """The loss of each seed; objectives differ between methods, so each has its own axis."""
+    runs = [run for run in comparison.runs_of(label) if run.get("curve")]
+    if not runs:
+        return None
+    series = [
+        Series(f"seed {run['seed']}", style, thinned(run["curve"]), markers=False) for run in runs
+    ]
+    starts: dict[str, float] = {}
+    for row in runs[0]["curve"]:
+        starts.setdefault(str(row["stage"]), float(row["step"]))
+    marks = [(step, name) for name, step in starts.items()] if len(starts) > 1 else []
+    return plots.xy(f"{label}: loss", series, "step", "", marks=marks)
+
+
+def thinned(curve: list[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """At most so many (step, loss), each the mean of a bin of equal length."""
+    size = -(-len(curve) // BINS)
+    bins = [curve[i : i + size] for i in range(0, len(curve), size)]
+    return [
+        (sum(r["step"] for r in rows) / len(rows), sum(r["loss"] for r in rows) / len(rows))
+        for rows in bins
+    ]
+
+
+def _histograms(comparison: Comparison, label: str, style: Style) -> list[Markup]:
+    """Those that the first run noted."""
+    return [
+        plots.histogram(f"{label}: {name}", values[0]["edges"], values[0]["counts"], style)
+        for name, values in comparison.notes(label).items()
+        if reading.is_histogram(values[0])
+    ]
+
+
+# --- the terminal ------------------------------------------------------------------------------
+
+
+def terminal(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the result, the leaderboards and the verdicts, in at most 100 columns."""
+    comparison = Comparison(summary)
+    console = console or Console()
+    width = min(console.width, COLUMNS)
+    console.print(Text(reading.headline(comparison), style="bold"), width=width)
+    for benchmark in comparison.benchmarks:
+        console.print(_board(comparison, benchmark), width=width)
+        pairs = [pair for pair in comparison.pairs(benchmark) if not pair.get("exploratory")]
+        if pairs:
+            console.print(_pairs(pairs), width=width)
+        for note in dict.fromkeys(pair["note"] for pair in pairs if "note" in pair):
+            console.print(Text(f"note: {note}"), width=width)
+    console.print(Text(reading.conditions(comparison), style="dim"), width=width)
+
+
+def _grid(title: str, left: list[str], right: list[str]) -> Table:
+    table = Table(
+        title=Text(title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for name in left:
+        table.add_column(Text(name), overflow="fold")
+    for name in right:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    return table
+
+
+def _board(comparison: Comparison, benchmark: str) -> Table:
+    table = _grid(
+        f"\n{benchmark}",
+        ["method"],
+        ["accuracy", "95 %", "truncated", "unparsed", "trained", "FLOPs"],
+    )
+    for row in comparison.leaderboard(benchmark):
+        mark = " (reference)" if row["method"] == comparison.reference else ""
+        table.add_row(
+            Text(row["method"] + mark),
+            reading.percent(row["accuracy"]),
+            reading.span(row["ci95"]),
+            reading.share(row["truncated"]),
+            reading.share(row["unparsed"]),
+            reading.amount("trained", row["costs"]["trained"]),
+            reading.amount("flops", row["costs"]["flops"]),
+        )
+    return table
+
+
+COLOURS = {"better": "green", "worse": "red", "cannot tell": "yellow"}
+
+
+def _pairs(pairs: list[Mapping[str, Any]]) -> Table:
+    table = _grid("", ["a", "is", "than b"], ["difference", "95 %", "p (Holm)", "detectable"])
+    table.columns[1].no_wrap = True
+    for pair in pairs:
+        table.add_row(
+            Text(pair["a"]),
+            Text(pair["verdict"], style=COLOURS.get(pair["verdict"], "")),
+            Text(pair["b"]),
+            reading.signed(pair["delta"]),
+            reading.span(pair["ci95"]),
+            reading.p_value(pair["p_holm"]),
+            "" if pair["mde"] is None else f"{100 * pair['mde']:.1f}",
+        )
+    return table

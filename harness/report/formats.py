@@ -1,0 +1,199 @@
+"""The same comparison as Markdown and as a LaTeX table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from harness.report.reading import (
+    COSTS,
+    HOW_TO_READ,
+    Comparison,
+    amount,
+    conditions,
+    facts,
+    headline,
+    is_histogram,
+    listed,
+    over_runs,
+    p_value,
+    percent,
+    share,
+    signed,
+    span,
+)
+
+
+def markdown(comparison: Comparison) -> str:
+    """report.md: the result, then leaderboards, verdicts, what the methods did, and the conditions."""
+    parts = [f"# {_md(comparison.name)}", _md(headline(comparison))]
+    for benchmark in comparison.benchmarks:
+        parts += [f"## Leaderboard: {_md(benchmark)}", _leaderboard(comparison, benchmark)]
+    for benchmark in comparison.benchmarks:
+        parts += [f"## Verdicts: {_md(benchmark)}", _verdicts(comparison.pairs(benchmark))]
+    parts.append(HOW_TO_READ)
+    if comparison.levels:
+        parts.append("## Accuracy by level")
+        parts += [
+            _levels(comparison, name) for name in comparison.benchmarks if name in comparison.levels
+        ]
+    if comparison.runs:
+        parts.append("## What each method did")
+        parts += [
+            _did(comparison, label) for label in comparison.labels if comparison.runs_of(label)
+        ]
+    if comparison.summary.get("contamination"):
+        parts += ["## Contamination", _facts(comparison.summary["contamination"])]
+    parts += [
+        "## Conditions",
+        conditions(comparison),
+        _facts({"protocol": comparison.summary["protocol"]}),
+        _facts({"environment": comparison.summary["environment"]}),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _leaderboard(comparison: Comparison, benchmark: str) -> str:
+    other = comparison.reference or "base"
+    header = [
+        "method",
+        "accuracy",
+        "95 % interval",
+        f"against {other}",
+        "truncated",
+        "unparsed",
+        *COSTS.values(),
+    ]
+    rows = [
+        [
+            row["method"] + (" (reference)" if row["method"] == comparison.reference else ""),
+            percent(row["accuracy"]),
+            span(row["ci95"]),
+            f"{signed(pair['delta'])}, {pair['verdict']}" if (pair := row["pair"]) else "",
+            share(row["truncated"]),
+            share(row["unparsed"]),
+            *(amount(quantity, row["costs"][quantity]) for quantity in COSTS),
+        ]
+        for row in comparison.leaderboard(benchmark)
+    ]
+    return _table(header, rows)
+
+
+def _verdicts(pairs: Sequence[Mapping[str, Any]]) -> str:
+    header = ["a", "b", "a is", "difference", "95 % interval", "p", "p (Holm)", "detectable"]
+    rows = [
+        [
+            pair["a"],
+            pair["b"],
+            pair["verdict"] + (" (exploratory)" if pair.get("exploratory") else ""),
+            signed(pair["delta"]),
+            span(pair["ci95"]),
+            p_value(pair["p"]),
+            p_value(pair["p_holm"]),
+            "" if pair["mde"] is None else f"{100 * pair['mde']:.1f}",
+        ]
+        for pair in pairs
+    ]
+    notes = dict.fromkeys(pair["note"] for pair in pairs if "note" in pair)
+    return "\n\n".join([_table(header, rows), *(f"Note: {_md(note)}." for note in notes)])
+
+
+def _levels(comparison: Comparison, benchmark: str) -> str:
+    by_method = comparison.levels[benchmark]
+    levels = sorted({level for points in by_method.values() for level, _ in points})
+    rows = []
+    for label in comparison.labels:
+        at = dict(by_method.get(label, ()))
+        if at:
+            rows.append([label, *(percent(at[level]) if level in at else "" for level in levels)])
+    return _table([benchmark, *(f"level {level}" for level in levels)], rows)
+
+
+def _did(comparison: Comparison, label: str) -> str:
+    run = comparison.runs_of(label)[0]
+    fields = ", ".join(f"{key} = {value}" for key, value in facts(run.get("config") or {}))
+    lines = [f"**{_md(label)}** ({_md(run['method'])}{_md('; ' + fields) if fields else ''}): "]
+    lines[0] += _md(listed(stage_line(stage) for stage in run["stages"])) + "."
+    for name, values in comparison.notes(label).items():
+        said = "a histogram, see report.html" if is_histogram(values[0]) else over_runs(values)
+        lines.append(f"- {_md(name)}: {_md(said)}")
+    return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+def stage_line(stage: Mapping[str, Any]) -> str:
+    """forward: 250 steps of forward_kl on 4000 examples"""
+    return f"{stage['name']}: {stage.get('steps', 0)} steps of {stage.get('objective', '?')} on {stage.get('examples', 0)} examples"
+
+
+def _facts(data: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {_md(key)}: {_md(text)}" for key, text in facts(data))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, *rows]
+    body = ["| " + " | ".join(_md(cell) for cell in line) + " |" for line in lines]
+    return "\n".join([body[0], "|" + " --- |" * len(header), *body[1:]])
+
+
+def _md(text: str) -> str:
+    """One line of text that Markdown shows as it is."""
+    text = text.replace("\\", "\\\\")
+    text = re.sub(r"(?<!\w)_|_(?!\w)", r"\_", text)  # inside a word it means nothing
+    for character in "`*[]<>|#":
+        text = text.replace(character, "&lt;" if character == "<" else "\\" + character)
+    return " ".join(text.split())
+
+
+# --- LaTeX -------------------------------------------------------------------------------------
+
+
+def latex(comparison: Comparison) -> str:
+    """table.tex: methods by benchmarks, with booktabs; a dagger where a verdict against the reference was given."""
+    names = comparison.benchmarks
+    other = comparison.reference or "base"
+    boards = {name: {row["method"]: row for row in comparison.leaderboard(name)} for name in names}
+    lines = [
+        "% needs \\usepackage{booktabs}",
+        "\\begin{table}[t]",
+        "  \\centering",
+        f"  \\caption{{{_tex(headline(comparison))} Accuracy in \\% with 95\\,\\% intervals; "
+        f"$\\uparrow$ better and $\\downarrow$ worse than {_tex(other)}.}}",
+        f"  \\label{{tab:{''.join(c if c.isalnum() else '-' for c in comparison.name)}}}",
+        f"  \\begin{{tabular}}{{l{'c' * len(names)}r}}",
+        "    \\toprule",
+        f"    Method & {' & '.join(map(_tex, names))} & FLOPs \\\\",
+        "    \\midrule",
+    ]
+    for label in comparison.labels:
+        cells = [_tex_cell(boards[name].get(label)) for name in names]
+        costs = next(board[label]["costs"] for board in boards.values() if label in board)
+        lines.append(
+            f"    {_tex(label)} & {' & '.join(cells)} & {_tex(amount('flops', costs['flops']))} \\\\"
+        )
+    lines += ["    \\bottomrule", "  \\end{tabular}", "\\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def _tex_cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "--"
+    arrow = {"better": "$^{\\uparrow}$", "worse": "$^{\\downarrow}$"}
+    sign = arrow.get(row["pair"]["verdict"], "") if row["pair"] else ""
+    low, high = (f"{100 * v:.1f}" for v in row["ci95"])
+    return f"{100 * row['accuracy']:.1f}{sign} {{\\scriptsize [{low}, {high}]}}"
+
+
+TEX = {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "\N{MINUS SIGN}": "$-$",
+    "<": "$<$",
+    ">": "$>$",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+}
+
+
+def _tex(text: str) -> str:
+    return "".join(TEX.get(character, character) for character in text)

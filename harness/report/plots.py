@@ -1,0 +1,357 @@
+"""Small charts as inline SVG: no scripts, no fonts, colours from the page's style sheet, the same bytes every time.
+
+A chart is 360 units wide, so that its 12-unit text is 12 pixels on a phone; the page puts several side by side. Each method has
+one colour and one marker, everywhere; the untrained student is grey.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 360, 250
+LEFT, RIGHT, TOP, BOTTOM = 46, 18, 30, 42
+NUM_COLOURS = 8  # --c0 to --c7 in the style sheet
+DASHES = ("", "6 3", "2 3")
+# Markers around the origin, about 9 units across: circle, square, triangle, diamond, cross.
+SHAPES = (
+    "M-4.2 0a4.2 4.2 0 1 0 8.4 0a4.2 4.2 0 1 0 -8.4 0z",
+    "M-3.8 -3.8h7.6v7.6h-7.6z",
+    "M0 -5L4.6 3.8H-4.6z",
+    "M0 -5.2L5.2 0L0 5.2L-5.2 0z",
+    "M-4.6 -1.6h3v-3h3.2v3h3v3.2h-3v3h-3.2v-3h-3z",
+)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method looks: a colour variable, a marker, a dash pattern."""
+
+    colour: str
+    shape: int
+    dash: str
+
+    @classmethod
+    def of(cls, index: int | None) -> Style:
+        """The index-th method's; None: the untrained student's."""
+        if index is None:
+            return cls("var(--base)", 0, "2 3")
+        turn = index // NUM_COLOURS
+        return cls(
+            f"var(--c{index % NUM_COLOURS})",
+            (index + turn) % len(SHAPES),
+            DASHES[turn % len(DASHES)],
+        )
+
+    def marker(self, x: float = 0, y: float = 0, title: str = "") -> Markup:
+        return Markup(
+            '<path d="{}" transform="translate({} {})" style="fill:{}"><title>{}</title></path>'
+        ).format(SHAPES[self.shape], _n(x), _n(y), self.colour, title)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one method, drawn as a line, as markers, or both; with an interval (low, high) at each point or none."""
+
+    name: str
+    style: Style
+    points: Sequence[tuple[float, float]]
+    intervals: Sequence[tuple[float, float]] = ()
+    line: bool = True
+    markers: bool = True
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values to pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, at = (
+            (math.log(self.low), math.log(self.high), math.log(value))
+            if self.log
+            else (self.low, self.high, value)
+        )
+        return self.start + (self.end - self.start) * (at - low) / (high - low)
+
+    def ticks(self, most: int = 6) -> list[float]:
+        """Round values inside: 1, 2 or 5 times a power of ten."""
+        if self.log:
+            exponents = range(
+                math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1
+            )
+            for steps in ((1, 2, 5), (1, 3), (1,)):
+                values = [step * 10.0**e for e in exponents for step in steps]
+                values = [
+                    v for v in values if self.low <= v * 1.0000001 and v <= self.high * 1.0000001
+                ]
+                if len(values) <= most:
+                    break
+            return values
+        step = _round_step((self.high - self.low) / (most - 1))
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [i * step for i in range(first, last + 1)]
+
+
+def linear(values: Sequence[float], start: float, end: float, least: float = 0.0) -> Scale:
+    """A scale around the values, with round ends, at least so wide."""
+    low, high = min(values), max(values)
+    if high - low < least:
+        middle = (low + high) / 2
+        low, high = middle - least / 2, middle + least / 2
+    if high == low:
+        high = low + (abs(low) or 1.0)
+    step = _round_step((high - low) / 5)
+    return Scale(
+        math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, start, end
+    )
+
+
+def share_scale(values: Sequence[float], start: float, end: float) -> Scale:
+    """A scale for fractions, never beyond 0 to 1."""
+    scale = linear(values, start, end, least=0.1)
+    return Scale(max(0.0, scale.low), min(1.0, scale.high), start, end)
+
+
+def xy(
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    *,
+    shares: bool = False,
+    log_x: bool = False,
+    whole_x: bool = False,
+    level: tuple[str, float] | None = None,  # a dashed horizontal line and its name
+    marks: Sequence[tuple[float, str]] = (),  # named vertical lines
+) -> Markup:
+    """Lines or points over x and y."""
+    xs = [x for s in series for x, _ in s.points]
+    ys = [y for s in series for _, y in s.points] + [
+        v for s in series for pair in s.intervals for v in pair
+    ]
+    if level:
+        ys.append(level[1])
+    left, right, bottom, top = LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM, TOP
+    if log_x:
+        x = Scale(min(xs) / 1.25, max(xs) * 1.25, left, right, log=True)
+    elif whole_x:
+        x = Scale(min(xs) - 0.3, max(xs) + 0.3, left, right)
+    else:
+        x = linear(xs, left, right)
+    y = (share_scale if shares else linear)(ys, bottom, top)
+    x_ticks = sorted(set(xs)) if whole_x else x.ticks(5)
+    parts = [_axes(x, y, [(v, _tick(v)) for v in x_ticks], shares, x_label, y_label)]
+    for at, name in marks:
+        parts.append(_rule(x(at), name))
+    if level:
+        parts.append(_level(y(level[1]), level[0]))
+    for s in series:
+        parts.append(_series(s, x, y, shares))
+    return _svg(title, HEIGHT, parts)
+
+
+def forest(title: str, rows: Sequence[tuple[str, Style, float, tuple[float, float]]]) -> Markup:
+    """One line a method: a point and its 95 % interval, fractions."""
+    label_width, row = 118, 24
+    height = TOP + row * len(rows) + 30
+    bottom = height - 26
+    values = [v for _, _, value, interval in rows for v in (value, *interval)]
+    x = share_scale(values, label_width, WIDTH - RIGHT - 4)
+    parts = []
+    for tick in x.ticks(5):
+        parts.append(
+            Markup(
+                '<path class="grid" d="M{0} {1}V{2}"/><text class="tick" x="{0}" y="{3}" text-anchor="middle">{4}</text>'
+            ).format(_n(x(tick)), TOP - 4, bottom, bottom + 15, _percent(tick))
+        )
+    for index, (name, style, value, (low, high)) in enumerate(rows):
+        at = TOP + row * (index + 0.5)
+        said = f"{name}: {100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+        parts.append(
+            Markup(
+                '<text x="{}" y="{}" text-anchor="end">{}<title>{}</title></text>'
+                '<path d="M{} {}H{}" style="stroke:{};stroke-width:2"/>{}'
+            ).format(
+                label_width - 10,
+                _n(at + 4),
+                shorten(name, 17),
+                name,
+                _n(x(low)),
+                _n(at),
+                _n(x(high)),
+                style.colour,
+                style.marker(x(value), at, said),
+            )
+        )
+    return _svg(title, height, parts)
+
+
+def histogram(title: str, edges: Sequence[float], counts: Sequence[float], style: Style) -> Markup:
+    """Counts between edges."""
+    height = 170
+    x = linear(list(edges), LEFT, WIDTH - RIGHT)
+    y = linear([0.0, *counts], height - 28, TOP)
+    bars = [
+        Markup(
+            '<rect x="{}" y="{}" width="{}" height="{}" style="fill:{}"><title>{}</title></rect>'
+        ).format(
+            _n(x(low) + 0.5),
+            _n(y(count)),
+            _n(max(1.0, x(high) - x(low) - 1)),
+            _n(y(0) - y(count)),
+            style.colour,
+            f"{low:g} to {high:g}: {count:g}",
+        )
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+    ]
+    axes = _axes(x, y, [(v, _tick(v)) for v in x.ticks(6)], False, "", "")
+    return _svg(title, height, [axes, *bars])
+
+
+def swatch(style: Style) -> Markup:
+    """A method's marker, for legends and tables."""
+    return Markup('<svg class="swatch" viewBox="-6 -6 12 12" aria-hidden="true">{}</svg>').format(
+        style.marker()
+    )
+
+
+# --- parts -------------------------------------------------------------------------------------
+
+
+def _svg(title: str, height: float, parts: Sequence[Markup]) -> Markup:
+    return Markup(
+        '<svg class="chart" viewBox="0 0 {0} {1}" role="img" aria-label="{2}">'
+        '<text class="title" x="4" y="16">{3}</text>{4}</svg>'
+    ).format(WIDTH, _n(height), title, shorten(title, 52), Markup("").join(parts))
+
+
+def _axes(
+    x: Scale,
+    y: Scale,
+    x_ticks: Sequence[tuple[float, str]],
+    shares: bool,
+    x_label: str,
+    y_label: str,
+) -> Markup:
+    parts = []
+    for tick in y.ticks():
+        parts.append(
+            Markup(
+                '<path class="grid" d="M{} {}H{}"/><text class="tick" x="{}" y="{}" text-anchor="end">{}</text>'
+            ).format(
+                _n(x.start),
+                _n(y(tick)),
+                _n(x.end),
+                _n(x.start - 6),
+                _n(y(tick) + 4),
+                _percent(tick) if shares else _tick(tick),
+            )
+        )
+    for value, text in x_ticks:
+        parts.append(
+            Markup(
+                '<path class="axis" d="M{0} {1}v4"/><text class="tick" x="{0}" y="{2}" text-anchor="middle">{3}</text>'
+            ).format(_n(x(value)), _n(y.start), _n(y.start + 17), text)
+        )
+    parts.append(
+        Markup('<path class="axis" d="M{} {}H{}"/>').format(_n(x.start), _n(y.start), _n(x.end))
+    )
+    if x_label:
+        middle = _n((x.start + x.end) / 2)
+        parts.append(
+            Markup('<text class="label" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+                middle, _n(y.start + 35), x_label
+            )
+        )
+    if y_label:
+        parts.append(
+            Markup('<text class="label" x="{}" y="{}" text-anchor="end">{}</text>').format(
+                WIDTH - RIGHT, 16, y_label
+            )
+        )
+    return Markup("").join(parts)
+
+
+def _series(series: Series, x: Scale, y: Scale, shares: bool) -> Markup:
+    style, parts = series.style, []
+    places = [(x(a), y(b)) for a, b in series.points]
+    if series.line and len(places) > 1:
+        path = "M" + "L".join(f"{_n(a)} {_n(b)}" for a, b in places)
+        width = "2" if series.markers else "1.2"
+        parts.append(
+            Markup(
+                '<path d="{}" style="fill:none;stroke:{};stroke-width:{};stroke-dasharray:{}"/>'
+            ).format(path, style.colour, width, style.dash or "none")
+        )
+    for (at, _), (low, high) in zip(places, series.intervals, strict=False):
+        parts.append(
+            Markup('<path d="M{} {}V{}" style="stroke:{};stroke-width:1.5"/>').format(
+                _n(at), _n(y(low)), _n(y(high)), style.colour
+            )
+        )
+    if series.markers:
+        for (a, b), (value_x, value) in zip(places, series.points, strict=True):
+            said = f"{100 * value:.1f} %" if shares else f"{value:.4g}"
+            parts.append(style.marker(a, b, f"{series.name}: {said} at {value_x:.4g}"))
+    return Markup("").join(parts)
+
+
+def _rule(x: float, name: str) -> Markup:
+    return Markup(
+        '<path class="rule" d="M{0} {1}V{2}"/><text class="tick" x="{3}" y="{4}">{5}</text>'
+    ).format(_n(x), TOP, HEIGHT - BOTTOM, _n(x + 3), TOP + 9, shorten(name, 18))
+
+
+def _level(y: float, name: str) -> Markup:
+    return Markup(
+        '<path class="rule" d="M{} {}H{}"/><text class="tick" x="{}" y="{}" text-anchor="end">{}</text>'
+    ).format(LEFT, _n(y), WIDTH - RIGHT, WIDTH - RIGHT, _n(y - 4), shorten(name, 40))
+
+
+def shorten(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _round_step(step: float) -> float:
+    """The next of 1, 2, 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= step * (1 - 1e-9))
+
+
+def _n(value: float) -> str:
+    """A coordinate: one decimal is a tenth of a pixel."""
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _tick(value: float) -> str:
+    """1500 as 1.5k, 2e12 as 2e12."""
+    size = abs(value)
+    if size >= 1e10:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}" if size >= 1e-9 else "0"
+
+
+def legend(styles: Mapping[str, Style]) -> Markup:
+    """Names beside their markers."""
+    items = [
+        Markup("<li>{}{}</li>").format(swatch(style), escape(name))
+        for name, style in styles.items()
+    ]
+    return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))

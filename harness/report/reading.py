@@ -1,0 +1,365 @@
+"""What a results folder says: rows, sentences and numbers in words, before any format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Row = Mapping[str, Any]
+
+BASE = "base"
+TOKENS = ("teacher_generated", "teacher_scored", "student_generated", "trained")
+COSTS = {
+    "teacher_generated": "teacher generated",
+    "teacher_scored": "teacher scored",
+    "student_generated": "student generated",
+    "trained": "trained",
+    "flops": "FLOPs",
+    "seconds": "time",
+}
+MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison as its files tell it."""
+
+    summary: Row
+    runs: Sequence[Row] = ()  # run.json of each trained cell
+    levels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.summary["name"])
+
+    @property
+    def benchmarks(self) -> list[str]:
+        return list(dict.fromkeys(str(cell["benchmark"]) for cell in self.summary["cells"]))
+
+    @property
+    def labels(self) -> list[str]:
+        """Arms in the order of the summary, the untrained student first."""
+        found = dict.fromkeys(str(cell["method"]) for cell in self.summary["cells"])
+        return sorted(found, key=lambda label: label != BASE)
+
+    @property
+    def reference(self) -> str | None:
+        """The arm that verdicts are about."""
+        config = self.summary.get("config") or {}
+        families = [p["b"] for p in self.summary["pairs"] if p.get("family") == "reference"]
+        named = self.summary.get("reference") or next(iter(families), config.get("reference"))
+        return named if named in self.labels else None
+
+    @property
+    def data_seeds(self) -> list[int]:
+        config = self.summary.get("config") or {}
+        used = {int(cell["data_seed"]) for cell in self.summary["cells"] if "data_seed" in cell}
+        return list(config.get("data_seeds") or sorted(used) or [0])
+
+    def index(self, label: str) -> int | None:
+        """A method's place in the palette; None for the untrained student."""
+        return None if label == BASE else [x for x in self.labels if x != BASE].index(label)
+
+    def cells(self, benchmark: str, label: str) -> list[Row]:
+        return [
+            cell
+            for cell in self.summary["cells"]
+            if (cell["benchmark"], cell["method"]) == (benchmark, label)
+        ]
+
+    def pairs(self, benchmark: str) -> list[Row]:
+        return [pair for pair in self.summary["pairs"] if pair["benchmark"] == benchmark]
+
+    def leaderboard(self, benchmark: str) -> list[dict[str, Any]]:
+        """One row an arm, best first: accuracy over its seeds, what was cut, and what one student cost."""
+        arms = {
+            row["method"]: row
+            for row in self.summary.get("arms", ())
+            if row["benchmark"] == benchmark
+        }
+        rows = []
+        for label in self.labels:
+            cells = self.cells(benchmark, label)
+            if not cells:
+                continue
+            samples = sum(cell["n_problems"] * cell["n_samples"] for cell in cells)
+            arm = arms.get(label) or _arm(cells)
+            rows.append(
+                {
+                    "method": label,
+                    "accuracy": arm["accuracy"],
+                    "ci95": arm["ci95"],
+                    "pass_at_k": arm.get("pass_at_k", {}),
+                    "seeds": len(cells),
+                    "truncated": sum(cell.get("truncated", 0) for cell in cells) / samples,
+                    "unparsed": sum(cell.get("unparsed", 0) for cell in cells) / samples,
+                    "costs": _mean_costs(cells),
+                    "pair": self.against(benchmark, label),
+                }
+            )
+        return sorted(rows, key=lambda row: -row["accuracy"])
+
+    def against(self, benchmark: str, label: str) -> Row | None:
+        """The pair of an arm and the reference, or where there is none, base."""
+        return self.pair(benchmark, label, self.reference or BASE)
+
+    def pair(self, benchmark: str, a: str, b: str) -> Row | None:
+        """The comparison of two arms, said of a."""
+        for row in self.pairs(benchmark):
+            if (row["a"], row["b"]) == (a, b):
+                return row
+            if (row["a"], row["b"]) == (b, a):
+                return turned(row)
+        return None
+
+    def runs_of(self, label: str) -> list[Row]:
+        return [run for run in self.runs if run["label"] == label]
+
+    def notes(self, label: str) -> dict[str, list[Any]]:
+        """What a method noted, by dotted name, one value a run; histograms stay whole."""
+        found: dict[str, list[Any]] = {}
+        for run in self.runs_of(label):
+            for name, value in _flat(run.get("notes") or {}):
+                found.setdefault(name, []).append(value)
+        return found
+
+
+def load(folder: Path) -> Comparison:
+    """Read what a comparison wrote; runs and samples may be missing, the summary may not."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    cells = {(cell["method"], cell["seed"]) for cell in summary["cells"]}
+    runs = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((folder / "runs").rglob("run.json"))
+    ]
+    order = {cell: place for place, cell in enumerate(sorted(cells, key=str))}
+    runs = [run for run in runs if (run["label"], run["seed"]) in cells]
+    runs.sort(key=lambda run: (order[run["label"], run["seed"]], run.get("data_seed", 0)))
+    return Comparison(summary, runs, _levels(sorted((folder / "samples").glob("*.parquet")), cells))
+
+
+def _levels(
+    files: Iterable[Path], cells: set[tuple[str, int]]
+) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """{benchmark: {method: [(level, accuracy)]}} over all seeds of these cells."""
+    sums: dict[tuple[str, str, int], tuple[float, int]] = {}
+    for path in files:
+        columns = ["benchmark", "method", "seed", "level", "correct"]
+        table = pq.read_table(
+            path, columns=columns
+        ).cast(  # a column of nulls has a type of its own
+            pa.schema(
+                list(
+                    zip(
+                        columns,
+                        [pa.string(), pa.string(), pa.int64(), pa.int64(), pa.int64()],
+                        strict=True,
+                    )
+                )
+            )
+        )
+        groups = table.group_by(columns[:4]).aggregate([("correct", "sum"), ("correct", "count")])
+        for row in groups.to_pylist():
+            if row["level"] is None or (row["method"], row["seed"]) not in cells:
+                continue
+            key = (row["benchmark"], row["method"], row["level"])
+            right, count = sums.get(key, (0.0, 0))
+            sums[key] = (right + row["correct_sum"], count + row["correct_count"])
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for (benchmark, method, level), (right, count) in sorted(sums.items()):
+        found.setdefault(benchmark, {}).setdefault(method, []).append((level, right / count))
+    return found
+
+
+def _arm(cells: Sequence[Row]) -> Row:
+    """An arm of a summary that lists cells only: the mean, and the widest of their intervals."""
+    return {
+        "accuracy": sum(cell["accuracy"] for cell in cells) / len(cells),
+        "ci95": [min(cell["ci95"][0] for cell in cells), max(cell["ci95"][1] for cell in cells)],
+    }
+
+
+def _mean_costs(cells: Sequence[Row]) -> dict[str, float]:
+    """What one student of the arm would have cost alone."""
+    ledgers: list[Row] = [cell.get("ledger") or {} for cell in cells]
+    charged: list[Row] = [ledger.get("charged", ledger) for ledger in ledgers]
+    return {name: sum(float(one.get(name, 0)) for one in charged) / len(cells) for name in COSTS}
+
+
+def _flat(data: Row, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in data.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping) and not is_histogram(value):
+            yield from _flat(value, name)
+        else:
+            yield name, value
+
+
+def turned(pair: Row) -> Row:
+    """The same comparison said of the other arm."""
+    opposite = {"better": "worse", "worse": "better"}
+    return {
+        **pair,
+        "a": pair["b"],
+        "b": pair["a"],
+        "delta": -pair["delta"],
+        "ci95": [-pair["ci95"][1], -pair["ci95"][0]],
+        "verdict": opposite.get(pair["verdict"], pair["verdict"]),
+    }
+
+
+# --- sentences ---------------------------------------------------------------------------------
+
+
+def headline(comparison: Comparison) -> str:
+    """The result in one sentence."""
+    parts = [_reading(comparison, benchmark) for benchmark in comparison.benchmarks]
+    sentence = "; ".join(part for part in parts if part)
+    return f"{sentence[:1].upper()}{sentence[1:]}." if sentence else "No arms to compare."
+
+
+def _reading(comparison: Comparison, benchmark: str) -> str:
+    other = comparison.reference or BASE
+    rivals = [label for label in comparison.labels if label not in (other, BASE)]
+    if not rivals:  # only the reference was run: say what training did
+        rivals, other = [label for label in comparison.labels if label != BASE], BASE
+    pairs = [pair for label in rivals if (pair := comparison.pair(benchmark, label, other))]
+    if not pairs:
+        top = comparison.leaderboard(benchmark)[0]
+        return f"on {benchmark}, {top['method']} answers {percent(top['accuracy'])} right"
+    if all("note" in pair for pair in pairs):
+        best = max(pairs, key=lambda pair: pair["delta"])
+        return (
+            f"on {benchmark}, {best['a']} scores {points(best['delta'])} against {other}, "
+            f"but no verdict is given ({best['note']})"
+        )
+    said = []
+    for verdict in ("better", "worse"):
+        found = sorted(
+            (p for p in pairs if p["verdict"] == verdict), key=lambda p: -abs(p["delta"])
+        )
+        if found:
+            arms = listed(f"{p['a']} ({points(p['delta'])}, {span(p['ci95'])})" for p in found)
+            said.append(f"{arms} {'is' if len(found) == 1 else 'are'} {verdict} than {other}")
+    unknown = [p for p in pairs if p["verdict"] == "cannot tell"]
+    if unknown:
+        arms = listed(p["a"] for p in unknown)
+        said.append(f"{arms} cannot be told from {other}{_detectable(unknown)}")
+    return f"on {benchmark}, " + ", and ".join(said)
+
+
+def _detectable(pairs: Sequence[Row]) -> str:
+    sizes = [pair["mde"] for pair in pairs if pair.get("mde") is not None]
+    if not sizes:
+        return ""
+    return f" (a difference of {100 * max(sizes):.1f} points would have shown)"
+
+
+def conditions(comparison: Comparison) -> str:
+    """What the verdicts rest on."""
+    seeds = ", ".join(map(str, comparison.data_seeds))
+    return (
+        f"Verdicts are conditional on the teacher's samples (data_seeds: {seeds}), which methods and training seeds share; "
+        "another draw of them could move every number, and a suite with data_seeds: [0, 1] draws them again."
+    )
+
+
+HOW_TO_READ = (
+    "Intervals are 95 %, from problems and training seeds; differences are paired by problem. p is adjusted by Holm's method within a "
+    "benchmark, over the comparisons with the reference and with base; all others are exploratory and their p is not adjusted. "
+    "“cannot tell” comes with the smallest true difference that this design would have found four times in five (at 5 %, before "
+    "adjustment). Costs are charged: what one student of the method would have cost alone."
+)
+
+
+# --- numbers in words --------------------------------------------------------------------------
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def share(value: float) -> str:
+    """A share of samples; a trace of them is not nothing."""
+    return "0" if value == 0 else "<0.1 %" if value < 0.001 else percent(value)
+
+
+def points(delta: float) -> str:
+    """+3.2 points"""
+    return f"{signed(delta)} points"
+
+
+def signed(delta: float) -> str:
+    text = f"{abs(100 * delta):.1f}"
+    return text if text == "0.0" else ("+" if delta > 0 else MINUS) + text
+
+
+def span(interval: Sequence[float]) -> str:
+    """of a difference, in points: 1.1 to 5.3"""
+    low, high = (f"{100 * v:.1f}".replace("-", MINUS) for v in interval)
+    return f"{low} to {high}"
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return "–"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def amount(quantity: str, value: float) -> str:
+    """12.3k tokens, 2.1e15 FLOPs, 84 s: without the unit where a column names it."""
+    if not value:
+        return "0"
+    if quantity == "flops":
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    if quantity == "seconds":
+        return (
+            f"{value:.0f} s"
+            if value < 600
+            else f"{value / 60:.0f} min"
+            if value < 36000
+            else f"{value / 3600:.0f} h"
+        )
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def listed(items: Iterable[str]) -> str:
+    """a, b and c"""
+    *head, last = items
+    return f"{', '.join(head)} and {last}" if head else last
+
+
+def facts(data: Any, name: str = "") -> list[tuple[str, str]]:
+    """Nested plain data as (dotted key, text) lines; long lists by their length."""
+    if isinstance(data, Mapping):
+        return [line for key, value in _flat(data, name) for line in facts(value, key)]
+    if isinstance(data, list):
+        long = len(data) > 12 or any(isinstance(x, (list, Mapping)) for x in data)
+        return [(name, f"{len(data)} entries" if long else ", ".join(map(str, data)) or "none")]
+    if isinstance(data, float):
+        return [(name, f"{data:.6g}")]
+    return [(name, "none" if data is None else str(data))]
+
+
+def is_histogram(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"edges", "counts"} <= set(value)
+
+
+def over_runs(values: Sequence[Any]) -> str:
+    """One note of several runs: the value they share, or mean and range, or the first of them."""
+    numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    if numbers and len(numbers) == len(values) and len(set(numbers)) > 1:
+        mean = sum(numbers) / len(numbers)
+        return f"{mean:.4g} ({min(numbers):.4g} to {max(numbers):.4g} over {len(numbers)} runs)"
+    ((_, text),) = facts(values[0])
+    return text if all(v == values[0] for v in values) else f"{text} (first of {len(values)} runs)"

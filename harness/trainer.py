@@ -1,0 +1,455 @@
+"""Stages in, student out: one loop for every method, on Accelerate, resumable to the bit.
+
+    L = (1/D) sum_i w_i sum_t m_it l_it        D: the loss tokens or sequences of the whole optimizer step
+
+The denominator is that of the whole step, over micro-batches and ranks, so a loss does not depend on how a batch was cut,
+padded or spread. Every rank sees the same examples and takes its share of the micro-batches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from harness.config import Budget, Training
+from harness.ledger import Ledger, forward_flops, training_flops
+from harness.models.collate import collate
+from harness.models.hf import HFModel
+from harness.objectives.chunked import chunked_loss
+from harness.store import digest
+from harness.types import Batch, Example, Objective, OffPolicy, Stage, Tokens
+
+if TYPE_CHECKING:
+    from harness.types import LanguageModel
+
+Report = Callable[[str, int, int], None]  # phase, done, total
+CAPPED = ("teacher_generated", "teacher_scored", "student_generated")
+
+
+@dataclass
+class State:
+    """Where a run stands; what a checkpoint holds besides weights, optimizer and generators."""
+
+    stage: int = 0  # index of the stage in training
+    step: int = 0  # optimizer steps done in it
+    consumed: float = 0.0  # of the budget, in its unit
+    boundaries: list[str] = field(default_factory=list)  # the student's identity before each stage
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Core(nn.Module):
+    """The one module that Accelerate wraps: the chunked loss is computed inside its forward."""
+
+    def __init__(self, student: HFModel) -> None:
+        super().__init__()
+        self.student = [student]  # in a list: not a submodule
+        self.model = student.model
+
+    def forward(
+        self,
+        batch: Batch,
+        tokens: Tokens,
+        coefficients: Tensor,
+        objective: Objective,
+        teacher: LanguageModel | None,
+        teacher_hidden: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the batch's losses, and the losses themselves [N], detached."""
+        student = self.student[0]
+        return chunked_loss(
+            student.hidden(batch),
+            student.head_weight,
+            student.head_bias,
+            tokens,
+            objective,
+            coefficients,
+            teacher_hidden,
+            None if teacher is None else teacher.head,
+            student.vocabulary,
+        )
+
+
+class Trainer:
+    """Trains one student, stage after stage, on one budget."""
+
+    def __init__(
+        self,
+        student: HFModel,
+        training: Training,
+        budget: Budget,
+        seed: int,
+        ledger: Ledger,
+        checkpoint: Path | None = None,
+        report: Report | None = None,
+    ) -> None:
+        self.student, self.training, self.budget = student, training, budget
+        self.seed, self.ledger, self.checkpoint = seed, ledger, checkpoint
+        self.report: Report = report or (lambda phase, done, total: None)
+        precision = training.precision
+        if precision == "auto":
+            precision = "bf16" if student.device.type == "cuda" else "fp32"
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no",
+            cpu=student.device.type == "cpu",
+        )
+        student.model.train()
+        self.core = self.accelerator.prepare(Core(student))
+        self.parameters = [p for p in student.model.parameters() if p.requires_grad]
+        self.optimizer = self._new_optimizer()
+        self.state = State()
+        self.clock = (0, 0)  # stage and step of the samples that are being drawn
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def run(
+        self,
+        index: int,
+        stage: Stage,
+        default: Callable[[], LanguageModel],
+        notes: dict[str, Any],
+    ) -> None:
+        """Train on one stage; a stage that a checkpoint has behind it is passed over."""
+        if index < self.state.stage:
+            return
+        if len(self.state.boundaries) == index:
+            self.state.boundaries.append(self.student.identity)
+        teacher: Callable[[], Any] = default if stage.teacher is None else lambda: stage.teacher
+        source, size, every = stage.source, self.training.batch_size, 1
+        items: Sequence[Any]
+        if isinstance(source, OffPolicy):
+            items = self._fit(source.examples, stage, notes)
+        else:
+            items, every = source.problems, source.every
+        if not items:
+            raise ValueError(_empty(stage, "no problems" if every else "no examples", notes))
+        if stage.optimizer == "reset" and self.state.step == 0 and index > 0:
+            self.optimizer = self._new_optimizer()
+        end = self._end(stage)
+        start = self.state.stages[-1]["from"] if self.state.step else self.state.consumed
+        if self.state.step == 0:
+            self.state.stages.append({"name": stage.name, "share": stage.share, "from": start})
+        pending: list[Sequence[Example]] = []
+        stop: str | None = None
+        trained = bool(self.state.step)
+        while self.state.consumed < end - 1e-9 and not stop:
+            self.clock = (index, self.state.step)
+            if isinstance(source, OffPolicy):
+                examples: Sequence[Example] = self._draw(items, index, self.state.step, size)
+            else:
+                if not pending:
+                    block = self._draw(items, index, self.state.step // every, size * every)
+                    made = self._fit(source.make(block), stage, notes, needed=False)
+                    cuts = [len(made) * i // every for i in range(every + 1)]
+                    pending = [made[a:b] for a, b in itertools.pairwise(cuts)]
+                    self.student.model.train()
+                examples = pending.pop(0)
+            progress = (self.state.consumed - start) / (end - start)
+            trained |= self._step(stage, examples, teacher, progress)
+            self.state.step += 1
+            stop = self.ledger.exhausted(*CAPPED)
+            total = self._steps_left(end) + len(self.state.curve)
+            self.report("train", len(self.state.curve), total)
+            if self.state.step % self.training.checkpoint_every == 0 and not pending:
+                self.save(notes)
+        if not trained:
+            raise ValueError(_empty(stage, "every example has weight 0", notes))
+        done = self.state.stages[-1]
+        done |= {"steps": self.state.step, "examples": len(items), "stopped_by": stop}
+        objectives = (
+            stage.objective if isinstance(stage.objective, Mapping) else {"": stage.objective}
+        )
+        done["objective"] = ", ".join(objective.name for objective in objectives.values())
+        self.state.stage, self.state.step = index + 1, 0
+        self.student.touch()
+        self.save(notes)
+
+    def _step(
+        self, stage: Stage, examples: Sequence[Example], teacher: Callable[[], Any], progress: float
+    ) -> bool:
+        """One optimizer step; False if nothing in it has weight."""
+        rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        live = [example for example in examples if example.weight != 0 and example.num_loss_tokens]
+        tokens = sum(len(e.prompt) + len(e.response) for e in live)
+        loss = 0.0
+        if live:
+            loss, norm = self._update(stage, live, denominator(stage, examples), teacher, progress)
+        flops = training_flops(self.student.num_parameters, tokens)
+        for quantity, amount in (("trained", tokens), ("steps", 1), ("flops", flops)):
+            self.ledger.charge(quantity, amount)
+            self.ledger.spend(quantity, amount)
+        unit = {"steps": 1.0, "trained_tokens": float(tokens), "flops": flops}
+        used = next(unit[name] for name in unit if getattr(self.budget, name) is not None)
+        # A step without weight costs a budget of tokens nothing; a floor keeps the loop finite.
+        self.state.consumed += max(used, self._total() * 1e-5)
+        self.state.curve.append(
+            {
+                "step": len(self.state.curve) + 1,
+                "stage": stage.name,
+                "loss": loss,
+                "lr": rate,
+                "tokens": tokens,
+                "grad_norm": norm if live else 0.0,
+            }
+        )
+        return bool(live)
+
+    def _update(
+        self,
+        stage: Stage,
+        live: Sequence[Example],
+        scale: float,
+        default: Callable[[], Any],
+        progress: float,
+    ) -> tuple[float, float]:
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        batches = plan(live, self.training.micro_tokens)
+        mine = batches[rank::world] or [batches[0]]  # a rank without work repeats one at weight 0
+        idle = rank >= len(batches)
+        total = torch.zeros((), device=self.student.device, dtype=torch.float64)
+        for position, members in enumerate(mine):
+            last = position == len(mine) - 1
+            objective = _objective(stage, members[0].term)
+            batch, tokens, sequence = collate(members, self.student.pad, progress=progress).to(
+                self.student.device
+            )
+            coefficients = tokens.weights / scale
+            if stage.mean == "sequence":
+                lengths = torch.bincount(sequence, minlength=len(members))
+                coefficients = coefficients / lengths[sequence]
+            if idle:
+                coefficients = coefficients * 0
+            teacher = default() if objective.needs_teacher else None
+            teacher_hidden = None
+            if teacher is not None:
+                teacher_hidden = self._teacher_hidden(teacher, members, idle)
+            with nullcontext() if last else self.accelerator.no_sync(self.core):
+                part, _ = self.core(
+                    batch,
+                    tokens,
+                    coefficients,
+                    objective,
+                    teacher,
+                    teacher_hidden,
+                )
+                # DDP averages gradients over ranks; the loss is already divided by the whole step.
+                self.accelerator.backward(part * world)
+            total += part.detach().double()
+        total = self.accelerator.reduce(total, "sum") if world > 1 else total
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.training.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(total), float(norm)
+
+    def _teacher_hidden(
+        self, teacher: LanguageModel, members: Sequence[Example], idle: bool
+    ) -> Tensor:
+        batch = collate(members, self.student.pad, teacher=True).to(self.student.device).batch
+        scored = sum(
+            len(e.prompt if e.teacher_prompt is None else e.teacher_prompt) + len(e.response)
+            for e in members
+        )
+        if not idle:
+            flops = forward_flops(getattr(teacher, "num_parameters", 0), scored)
+            for quantity, amount in (("teacher_scored", scored), ("flops", flops)):
+                self.ledger.charge(quantity, amount)
+                self.ledger.spend(quantity, amount)
+        with torch.no_grad():
+            return teacher.hidden(batch)
+
+    # -- data order -----------------------------------------------------------------------------
+
+    def _draw(self, items: Sequence[Any], stage: int, block: int, size: int) -> list[Any]:
+        """Items of one block: shuffled epochs laid end to end, a function of seed, stage and block."""
+        drawn = []
+        orders: dict[int, np.ndarray] = {}
+        for position in range(block * size, (block + 1) * size):
+            epoch, offset = divmod(position, len(items))
+            if epoch not in orders:
+                key = digest(["order", self.seed, stage, epoch])
+                orders[epoch] = np.random.default_rng(int(key[:16], 16)).permutation(len(items))
+            drawn.append(items[orders[epoch][offset]])
+        return drawn
+
+    def _fit(
+        self,
+        examples: Sequence[Example],
+        stage: Stage,
+        notes: dict[str, Any],
+        needed: bool = True,
+    ) -> Sequence[Example]:
+        """Examples that fit max_length; the others are dropped and counted."""
+        longest = self.training.max_length
+        fit = [e for e in examples if len(e.prompt) + len(e.response) <= longest]
+        if len(fit) < len(examples):
+            name = f"{stage.name}: longer than {longest} tokens"
+            notes[name] = notes.get(name, 0) + len(examples) - len(fit)
+        if needed and not any(e.weight and e.num_loss_tokens for e in fit):
+            what = f"{len(examples)} examples, {len(examples) - len(fit)} too long, "
+            raise ValueError(_empty(stage, what + "none with weight", notes))
+        return fit
+
+    # -- budget ---------------------------------------------------------------------------------
+
+    def _total(self) -> float:
+        budget = self.budget
+        return float(budget.steps or budget.trained_tokens or budget.flops or 0)
+
+    def _end(self, stage: Stage) -> float:
+        before = sum(done["share"] for done in self.state.stages[: self.state.stage])
+        if not 0 < stage.share <= 1 or before + stage.share > 1 + 1e-6:
+            raise ValueError(
+                f"stage {stage.name!r}: its share {stage.share} and those before it ({before:g}) must "
+                "be positive and sum to at most 1"
+            )
+        end = (before + stage.share) * self._total()
+        return round(end) if self.budget.steps else end
+
+    def _steps_left(self, end: float) -> int:
+        done = len(self.state.curve)
+        rate = self.state.consumed / done if done else 1.0
+        return max(0, math.ceil((self._total() - self.state.consumed) / max(rate, 1e-12)))
+
+    def _learning_rate(self) -> float:
+        """A function of the share of the budget consumed, never of a stage's own length."""
+        training, done = self.training, self.state.consumed / self._total()
+        if done < training.warmup:
+            return training.learning_rate * max(done / training.warmup, 0.05)  # never quite zero
+        rest = (done - training.warmup) / (1 - training.warmup)
+        shape = {
+            "constant": 1.0,
+            "linear": 1 - rest,
+            "cosine": (1 + math.cos(math.pi * min(rest, 1.0))) / 2,
+        }[training.schedule]
+        low = training.min_lr if training.schedule != "constant" else 0.0
+        return training.learning_rate * (low + (1 - low) * shape)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        training = self.training
+        decay = [p for p in self.parameters if p.ndim >= 2]
+        rest = [p for p in self.parameters if p.ndim < 2]
+        groups = [
+            {"params": decay, "weight_decay": training.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        betas = training.betas
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas)
+        return self.accelerator.prepare(optimizer)
+
+    # -- checkpoints ----------------------------------------------------------------------------
+
+    def save(self, notes: Mapping[str, Any]) -> None:
+        """Write everything that the rest of the run depends on, atomically, from rank 0."""
+        if self.checkpoint is None or not self.accelerator.is_main_process:
+            return
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.checkpoint.with_suffix(f".{os.getpid()}.partial")
+        torch.save(
+            {
+                "state": vars(self.state),
+                "model": self.student.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ledger": self.ledger.to_dict(),
+                "notes": dict(notes),
+                "rng": {
+                    "torch": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state_all(),
+                    "python": random.getstate(),
+                    "numpy": np.random.get_state(),
+                },
+            },
+            partial,
+        )
+        os.replace(partial, self.checkpoint)
+
+    def resume(self) -> Mapping[str, Any] | None:
+        """Take up the last checkpoint; returns the notes it held, or None if there is none."""
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return None
+        saved = torch.load(self.checkpoint, map_location=self.student.device, weights_only=False)
+        self.state = State(**saved["state"])
+        self.student.model.load_state_dict(saved["model"])
+        self.student.touch()
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.ledger.load(saved["ledger"])
+        rng = saved["rng"]
+        torch.set_rng_state(rng["torch"].cpu())
+        if rng["cuda"]:
+            torch.cuda.set_rng_state_all([state.cpu() for state in rng["cuda"]])
+        random.setstate(rng["python"])
+        np.random.set_state(rng["numpy"])
+        return saved["notes"]
+
+
+def denominator(stage: Stage, examples: Sequence[Example]) -> float:
+    """What the weighted sum of a step's losses is divided by.
+
+    token: the step's loss tokens; sequence and sum: its examples, those of weight 0 included.
+    `normalise: step` divides by the mean weight too, so that a step's weights average to one.
+    """
+    if stage.mean == "token":
+        count = float(sum(e.num_loss_tokens for e in examples))
+        weight = sum(_token_weight(e) for e in examples)
+    else:
+        count = float(len(examples))
+        weight = sum(e.weight for e in examples)
+    if stage.normalise == "none":
+        return count
+    if weight <= 0:
+        raise ValueError(
+            f"stage {stage.name!r}: normalise 'step' needs a positive sum of weights in every step, "
+            f"got {weight:g}; use normalise 'none' for signed weights"
+        )
+    return weight
+
+
+def plan(examples: Sequence[Example], micro_tokens: int) -> list[list[Example]]:
+    """Cut a step into micro-batches of one term, like lengths, and bounded padded size."""
+    batches: list[list[Example]] = []
+    width = 0
+    for example in sorted(examples, key=lambda e: (e.term, len(e.prompt) + len(e.response))):
+        length = -(-(len(example.prompt) + len(example.response)) // 32) * 32
+        current = batches[-1] if batches else None
+        fits = current and current[0].term == example.term
+        # A much longer sequence starts a batch of its own: padding costs more than a forward pass.
+        if current and fits and (len(current) + 1) * length <= micro_tokens and length <= 2 * width:
+            current.append(example)
+        else:
+            batches.append([example])
+            width = length
+    return batches
+
+
+def _token_weight(example: Example) -> float:
+    if example.token_weights is None:
+        return example.weight * example.num_loss_tokens
+    kept = example.loss or (True,) * len(example.response)
+    return example.weight * sum(w for w, k in zip(example.token_weights, kept, strict=True) if k)
+
+
+def _objective(stage: Stage, term: str) -> Objective:
+    if not isinstance(stage.objective, Mapping):
+        return stage.objective
+    if term not in stage.objective:
+        known = ", ".join(sorted(stage.objective))
+        raise ValueError(f"stage {stage.name!r} has no objective for the term {term!r}: {known}")
+    return stage.objective[term]
+
+
+def _empty(stage: Stage, why: str, notes: Mapping[str, Any]) -> str:
+    counts = "; ".join(f"{name}: {value}" for name, value in notes.items()) or "nothing was noted"
+    return f"stage {stage.name!r} is empty ({why}). What led here: {counts}"

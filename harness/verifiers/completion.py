@@ -1,0 +1,68 @@
+"""How a completion is read: which part of it counts, and where in that part the answer stands."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+OPEN, CLOSE = "<think>", "</think>"
+
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\n`]*)$", re.MULTILINE)
+_SPACE = r"(?:\s|\$|~|\\[ ,;:!]|\\q?quad\b|\\[()\[\]])*"  # what may stand around a joint, mathematics included
+_AND = r"(?:and\b|\\text\s*\{\s*and\s*\}|\\(?:mbox|textrm)\s*\{\s*and\s*\})"
+_JOINT = re.compile(rf"{_SPACE}(?:,{_SPACE}(?:{_AND})?|{_AND}){_SPACE}")
+
+
+def response(text: str, *, opened: bool = False) -> str | None:
+    """What follows the last </think>; None if a think was opened (also by the template) and never closed."""
+    _, closed, tail = text.rpartition(CLOSE)
+    if OPEN in tail or (opened and not closed):
+        return None
+    return tail
+
+
+def boxed(text: str) -> list[str]:
+    r"""The contents of the last \boxed{} and of those that "and" or commas join to it; empty if it never closes."""
+    found: list[str] = []
+    end = len(text)
+    while (start := text.rfind(r"\boxed", 0, end)) >= 0:
+        span = _braces(text, start + len(r"\boxed"))
+        if span is None:
+            break
+        if found and not _JOINT.fullmatch(text, span[1] + 1, end):
+            break
+        found.insert(0, text[span[0] : span[1]].strip())
+        end = start
+    return found
+
+
+def fenced(text: str, *, finished: bool = True) -> str | None:
+    """The last closed fenced block; None if there is none, or if the response was cut inside a later one."""
+    last: str | None = None
+    opening: re.Match[str] | None = None
+    for fence in _FENCE.finditer(text):
+        if opening is None:
+            opening = fence
+        elif fence[1].startswith(opening[1]) and not fence[2].strip():
+            last = textwrap.dedent(text[opening.end() + 1 : fence.start()])
+            opening = None
+    return None if opening is not None and not finished else last
+
+
+def _braces(text: str, start: int) -> tuple[int, int] | None:
+    """Where the group that opens at `start` (after spaces) begins and ends; None if it never closes."""
+    while start < len(text) and text[start].isspace():
+        start += 1
+    if start >= len(text) or text[start] != "{":
+        return None
+    depth, position = 0, start
+    while position < len(text):
+        char = text[position]
+        if char == "\\":
+            position += 2  # an escaped brace is text
+            continue
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return start + 1, position
+        position += 1
+    return None

@@ -1,0 +1,1 @@
+"""Distillation methods: one small module each, found without being listed anywhere."""

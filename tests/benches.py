@@ -1,0 +1,149 @@
+"""A real lab on the micro world, small enough for a unit test, and a teacher that refuses what was not declared."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from benchmarks import CHECKPOINTS, PROBLEMS
+from harness import registry
+from harness.config import Budget, SamplingSettings, Training
+from harness.lab import Workbench
+from harness.ledger import Ledger
+from harness.models.hf import HFModel
+from harness.models.scripted import Scripted
+from harness.registry import Method
+from harness.store import Store
+from harness.trainer import Trainer
+from harness.types import Example, OffPolicy, Problem, Stage
+
+SAMPLING = SamplingSettings(temperature=1.0, max_new_tokens=120)
+TRAINING = Training(batch_size=8, learning_rate=1e-3, warmup=0.0, checkpoint_every=2)
+# What makes a method's stages non-empty on 24 easy problems and 4 samples; none for a method that needs no help.
+TINY: dict[str, dict[str, Any]] = {
+    "sft": {"samples": 4},
+    "limo": {"weak_k": 2, "weak_max": 2, "strong_k": 4, "strong_max": 4, "keep": 12},
+    "paced": {"rollouts": 4, "references": 4},
+}
+
+
+@cache
+def problems(n: int = 24) -> tuple[Problem, ...]:
+    """Easy enough that the student solves some and not all."""
+    return tuple(PROBLEMS["micro_math"].load("train", n, levels=(2, 3), families=("reduce",)))
+
+
+def model(name: str) -> HFModel:
+    return HFModel.load(CHECKPOINTS[f"micro/{name}"], device="cpu", name=f"micro/{name}")
+
+
+@cache
+def shared_store() -> Path:
+    """One store for a whole session: samples that a test needs again are read, as in a comparison."""
+    import atexit
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="store-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+class Refusing:
+    """A model that does only what a method declared that it needs of it, and knows its own name."""
+
+    ALWAYS = frozenset({"name", "identity", "encode", "tokenize", "decode", "capabilities"})
+    ALWAYS |= {"vocabulary", "vocabulary_digest", "num_parameters", "model"}
+    OF: ClassVar = {
+        "generate": {"generate", "plan", "generate_block"},
+        "score": {"score"},
+        "logits": {"hidden", "head", "head_weight", "head_bias"},
+    }
+
+    def __init__(self, model: HFModel, allowed: Iterable[str]) -> None:
+        self._model = model
+        self._allowed = self.ALWAYS.union(*(self.OF[what] for what in allowed))
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._allowed:
+            raise AssertionError(f"{name} was used and not declared in `needs`")
+        return getattr(self._model, name)
+
+
+class Run:
+    """One method trained for a few steps, with everything that a test may look at."""
+
+    def __init__(
+        self,
+        name: str,
+        fields: dict[str, Any] | None = None,
+        *,
+        steps: int = 4,
+        seed: int = 0,
+        store: Path | None = None,
+        items: Sequence[Problem] | None = None,
+        caps: dict[str, int] | None = None,
+        train: bool = True,
+        teacher: Any = None,
+    ) -> None:
+        self.method: Method = registry.build(name, TINY.get(name, {}) if fields is None else fields)
+        self.student, self.ledger = model("student"), Ledger(caps)
+        needs = [
+            need.partition(".")[2] for need in self.method.needs if need.startswith("teacher.")
+        ]
+        self.teacher = teacher or Refusing(model("teacher").freeze(), needs)
+        self.trainer = Trainer(self.student, TRAINING, Budget(steps=steps), seed, self.ledger)
+        self.lab = Workbench(
+            self.student,
+            {"base": lambda: model("student").freeze(), "teacher": lambda: self.teacher},
+            items or problems(),
+            Store(store or shared_store()),
+            self.ledger,
+            SAMPLING,
+            seed=seed,
+            oracle=PROBLEMS["micro_math"].oracle,
+            clock=lambda: self.trainer.clock,
+        )
+        self.stages: list[Stage] = []
+        self.examples: list[list[Example]] = []
+        for index, stage in enumerate(self.method.stages(self.lab)):
+            self.stages.append(stage)
+            self.examples.append(self._examples(stage))
+            if train:
+                self.trainer.run(index, stage, lambda: self.lab.teacher, self.lab.notes)
+
+    def _examples(self, stage: Stage) -> list[Example]:
+        if isinstance(stage.source, OffPolicy):
+            return list(stage.source.examples)
+        return list(stage.source.make(stage.source.problems[:8]))
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.trainer.state.curve]
+
+
+def scripted(
+    teacher: dict[str, list[Any]],
+    student: dict[str, list[Any]] | None = None,
+    items: Sequence[Problem] = (),
+    **settings: Any,
+) -> Workbench:
+    """A lab whose models say what the tables say; problems are made for the table's ids, their answer is 7."""
+    made = items or [Problem(name, f"{name}=?", "7", verifier="exact") for name in teacher]
+    author = Scripted(teacher, name="teacher")
+    pupil = Scripted(student or {name: [""] for name in teacher}, name="student")
+    return Workbench(
+        pupil,
+        {"base": lambda: pupil, "teacher": lambda: author},
+        made,
+        Store(shared_store() / "scripted"),
+        settings.pop("ledger", Ledger()),
+        SAMPLING,
+        **settings,
+    )
+
+
+def answer(text: str, think: str = "1") -> str:
+    return f"<think>\n{think}\n</think>\n{text}"

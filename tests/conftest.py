@@ -1,0 +1,30 @@
+"""One torch thread, no hub, fixed seeds, and no warnings of our own."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest last, so that a mistake shows early."""
+    items.sort(key=lambda item: "slow" in item.keywords)
+
+
+def pytest_report_collectionfinish(items: list[pytest.Item]) -> str:
+    real = sum("real_data" in item.nodeid for item in items)
+    where = os.environ.get("RETORT_DATA", "not set")
+    return f"{real} tests on real benchmark data (RETORT_DATA: {where})"

@@ -1,0 +1,494 @@
+"""The report: what it must contain, on plausible made-up results."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from harness import report, statistics
+from harness.report import formats, plots, reading
+from harness.report.plots import Scale, Style
+
+LEVELS = 6
+# label -> (method, shift of skill by level, cost factor)
+ARMS = {
+    "sft": ("sft", 0.0, 1.0),
+    "paced": ("paced", 0.2, 1.6),
+    "heal": ("heal", 0.02, 2.4),
+    "limo": ("limo", -0.17, 0.4),
+    "<script>alert(1)</script>|x_y": ("vcrd", 0.01, 3.1),
+}
+
+
+def example(
+    folder: Path,
+    *,
+    seeds: int = 3,
+    problems: int = 240,
+    arms: list[str] | None = None,
+    steps: int = 60,
+) -> Path:
+    """Write a comparison as harness.compare does; the numbers are made up."""
+    rng = np.random.default_rng(0)
+    labels = ["base", *(arms or ARMS)]
+    records = []
+    for benchmark, harder in (("micro_math", 0.0), ("micro_code", 0.15)):
+        ease = rng.beta(2, 2, problems)
+        for label in labels:
+            for seed in range(1 if label == "base" else seeds):
+                shift = -0.35 if label == "base" else ARMS[label][1] + 0.015 * rng.standard_normal()
+                for p in range(problems):
+                    level = 1 + p % LEVELS
+                    rate = 0.95 - 0.14 * level + shift - harder + 0.3 * (ease[p] - 0.5)
+                    correct = bool(rng.random() < rate)
+                    cut = not correct and rng.random() < 0.06
+                    records.append(
+                        {
+                            "benchmark": benchmark,
+                            "method": label,
+                            "seed": seed,
+                            "data_seed": 0,
+                            "problem": f"{benchmark}/{p}",
+                            "sample": 0,
+                            "correct": correct,
+                            "status": "ok" if correct else "unparsed" if cut else "wrong",
+                            "extracted": "4" if correct else None,
+                            "text": "</script><script>alert(2)</script>",
+                            "tokens": 40,
+                            "truncated": cut and rng.random() < 0.5,
+                            "level": level if benchmark == "micro_math" else None,
+                            "domain": "math",
+                        }
+                    )
+    judged = statistics.summarise_records(records, "sft")
+    (folder / "samples").mkdir(parents=True)
+    for benchmark in ("micro_math", "micro_code"):
+        rows = [row for row in records if row["benchmark"] == benchmark]
+        pq.write_table(pa.Table.from_pylist(rows), folder / "samples" / f"{benchmark}.parquet")
+    total = {"charged": dict.fromkeys(QUANTITIES, 0.0), "spent": dict.fromkeys(QUANTITIES, 0.0)}
+    for index, label in enumerate(labels[1:]):
+        for seed in range(seeds):
+            run = example_run(label, seed, steps, index)
+            path = folder / "runs" / f"arm{index}" / str(seed) / "run.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(run))
+            for cell in judged.cells:
+                if (cell["method"], cell["seed"]) == (label, seed):
+                    cell["ledger"] = run["ledger"]
+            for column in total:
+                for name in QUANTITIES:
+                    total[column][name] += run["ledger"][column][name]
+    for cell in judged.cells:
+        cell.setdefault("ledger", {"charged": dict.fromkeys(QUANTITIES, 0), "spent": {}})
+    summary = {
+        "name": "paced-frontier",
+        "protocol": {
+            "benchmarks": {
+                "micro_math": {"template": "{prompt}\n<b>think</b>", "sampling": {"n": 1}}
+            },
+            "engine": {"backend": "harness.models.hf", "torch": "2.13.0"},
+            "hash": "5f0c2a91",
+        },
+        "config": {"name": "paced-frontier", "student": "micro/student", "teacher": "micro/teacher"}
+        | {"data_seeds": [0], "seeds": seeds, "reference": "sft", "budget": {"steps": steps}},
+        "config_hash": "c0ffee42",
+        "contamination": {
+            "loaded": 4000,
+            "kept": 3988,
+            "rule": "half",
+            "dropped": 12,
+            "benchmarks": {"micro_math": {"exact": 5, "half": 12, "any": 310}},
+            "dropped_ids": [f"p{i}" for i in range(20)],
+        },
+        "cells": judged.cells,
+        "arms": judged.arms,
+        "pairs": judged.pairs,
+        "ledger": total,
+        "environment": {"python": "3.11", "commit": "abc1234", "version": "0.1.0", "gpu": None},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+QUANTITIES = [
+    "teacher_generated",
+    "teacher_scored",
+    "student_generated",
+    "trained",
+    "verifier_calls",
+    "steps",
+    "seconds",
+    "flops",
+]
+
+
+def example_run(label: str, seed: int, steps: int, index: int) -> dict:
+    rng = np.random.default_rng(100 * index + seed)
+    method, _, factor = ARMS[label]
+    halves = [("forward", steps // 2), ("reverse", steps - steps // 2)]
+    stages = halves if method == "paced" else [("main", steps)]
+    curve = [
+        {
+            "step": step + 1,
+            "stage": stages[0][0] if step < stages[0][1] else stages[-1][0],
+            "loss": float(
+                (1 + index) * (0.2 + np.exp(-step / 15)) * (1 + 0.05 * rng.standard_normal())
+            ),
+            "lr": 1e-3 * (1 - step / steps),
+            "tokens": 2048 + seed,
+        }
+        for step in range(steps)
+    ]
+    trained = 2048.0 * steps
+    charged = {
+        "teacher_generated": 3.2e5 * factor,
+        "teacher_scored": 1.1e5 if method == "paced" else 0.0,
+        "student_generated": 4.5e4 * (method != "sft"),
+        "trained": trained,
+        "verifier_calls": 4000.0,
+        "steps": float(steps),
+        "seconds": 71.0 * factor + seed,
+        "flops": 2.4e12 * factor,
+    }
+    notes = {"references": {"kept": 3600 + seed, "no verified response": 388 - seed}}
+    if method == "paced":
+        notes["weights"] = {"edges": [0, 0.25, 0.5, 0.75, 1.0], "counts": [400, 900, 2100, 600]}
+    return {
+        "method": method,
+        "label": label,
+        "seed": seed,
+        "data_seed": 0,
+        "config": {"alpha": 1.0, "beta": 2.0} if method == "paced" else {},
+        "stages": [
+            {
+                "name": name,
+                "steps": n,
+                "examples": 3600,
+                "share": n / steps,
+                "objective": "forward_kl",
+            }
+            for name, n in stages
+        ],
+        "notes": notes,
+        "curve": curve,
+        "ledger": {"charged": charged, "spent": {**charged, "teacher_generated": 1e5}},
+    }
+
+
+class Page(HTMLParser):
+    """Tables as lists of rows, and every tag, attribute and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in {"meta", "path", "rect", "br"}:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in {"td", "th"}:
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        if tag not in {"meta", "path", "rect", "br"}:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if {"td", "th"} & set(self.open) and "title" not in self.open:
+            row = self.tables[-1][-1]
+            row[-1] = " ".join(f"{row[-1]} {data}".split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return example(tmp_path_factory.mktemp("results") / "paced-frontier")
+
+
+@pytest.fixture(scope="module")
+def written(folder):
+    return {path.name: path.read_text(encoding="utf-8") for path in report.write(folder)}
+
+
+@pytest.fixture(scope="module")
+def page(written):
+    return Page(written["report.html"])
+
+
+@pytest.fixture(scope="module")
+def comparison(folder):
+    return reading.load(folder)
+
+
+def test_leaderboard_shows_accuracy_and_charged_costs(page, comparison):
+    board = page.tables[0]
+    rows = {row[0].removesuffix(" reference"): row for row in board[2:]}
+    arms = {r["method"]: r for r in comparison.summary["arms"] if r["benchmark"] == "micro_math"}
+    assert rows.keys() == arms.keys()
+    assert rows["paced"][1] == f"{100 * arms['paced']['accuracy']:.1f} %"
+    assert rows["paced"][3].endswith("better")
+    # teacher generated 3.2e5 x 1.6, scored, student generated, trained 60 x 2048, FLOPs, mean seconds
+    assert rows["paced"][6:] == ["512k", "110k", "45k", "123k", "3.8e12", "115 s"]
+    assert rows["base"][6:] == ["0"] * 6
+    means = [float(row[1].removesuffix(" %")) for row in board[2:]]
+    assert means == sorted(means, reverse=True)
+
+
+def test_matrix_says_every_pair_from_both_sides(page, comparison):
+    matrix = page.tables[1]
+    labels = comparison.labels
+    assert matrix[0][1:] == labels
+    cell = {
+        (row[0], b): text for row in matrix[1:] for b, text in zip(labels, row[1:], strict=True)
+    }
+    assert cell["paced", "sft"].startswith("better +")
+    assert cell["sft", "paced"].startswith("worse " + reading.MINUS)
+    assert "detectable" in cell["heal", "sft"]
+    assert "exploratory" in cell["paced", "limo"]
+    assert cell["sft", "sft"] == "·"
+
+
+def test_verdict_rows_carry_all_numbers(page, comparison):
+    row = next(row for row in page.tables[2] if row[:3] == ["heal", "cannot tell", "sft"])
+    pair = comparison.pair("micro_math", "heal", "sft")
+    assert row[3] == reading.signed(pair["delta"])
+    assert row[4] == reading.span(pair["ci95"])
+    assert row[5:] == [f"{pair['p']:.3f}", f"{pair['p_holm']:.3f}", f"{100 * pair['mde']:.1f}"]
+
+
+def test_page_is_one_file_that_opens_offline(written, page):
+    assert {"script", "link", "img", "iframe"}.isdisjoint(page.tags)
+    assert not [v for k, v in page.attributes if k in {"src", "href", "xlink:href"}]
+    assert "url(" not in written["report.html"]
+    assert "http" not in written["report.html"]
+    assert page.open == []
+
+
+def test_page_escapes_what_others_wrote(written, page):
+    assert "<script" not in written["report.html"]
+    assert "&lt;script&gt;alert(1)" in written["report.html"]
+    assert "<b>think" not in written["report.html"]
+    assert any("<script>alert(1)</script>|x_y" in text for text in page.text)
+
+
+def test_page_draws_every_chart(written, page):
+    labels = [v for k, v in page.attributes if k == "aria-label"]
+    for wanted in (
+        "micro_math: accuracy, 95 % intervals",
+        "micro_math: accuracy by level",
+        "micro_code: accuracy against cost",
+        "paced: loss",
+        "paced: weights",
+    ):
+        assert wanted in labels
+    assert "nan" not in written["report.html"].lower().replace("nano", "")
+
+
+def test_page_says_what_was_done_and_under_which_conditions(page):
+    text = " ".join(" ".join(page.text).split())
+    assert "conditional on the teacher's samples (data_seeds: 0)" in text
+    assert "references.kept: 3601 (3600 to 3602 over 3 runs)" in text
+    assert "forward: 30 steps of forward_kl on 3600 examples" in text
+    assert "benchmarks.micro_math.any" in text
+    assert "20 entries" in text
+    assert "5f0c2a91" in text
+    assert "abc1234" in text
+
+
+def test_markdown_and_latex_escape_and_agree(written, comparison):
+    markdown, table = written["report.md"], written["table.tex"]
+    assert "<script" not in markdown
+    accuracy = next(r for r in comparison.leaderboard("micro_math") if r["method"] == "paced")
+    assert f"| paced | {100 * accuracy['accuracy']:.1f} % |" in markdown
+    width = {
+        line.replace("\\|", "").count("|")
+        for line in markdown.splitlines()
+        if "&lt;script" in line and line[0] == "|"
+    }
+    assert width <= {13, 9, 8}  # leaderboard, verdicts, levels: the label's own bar adds none
+    assert "\\toprule" in table
+    assert "$<$script$>$alert(1)$<$/script$>$|x\\_y &" in table
+    assert f"{100 * accuracy['accuracy']:.1f}$^{{\\uparrow}}$" in table
+    assert table.count("{") == table.count("}")
+
+
+def test_same_input_same_bytes(folder, written, tmp_path):
+    again = {path.name: path.read_text(encoding="utf-8") for path in report.write(folder)}
+    assert again == written
+
+
+def test_a_pair_reads_from_both_sides():
+    pair = {"a": "x", "b": "y", "delta": 0.2, "ci95": [-0.1, 0.5], "verdict": "worse", "p": 0.3}
+    back = {"a": "y", "b": "x", "delta": -0.2, "ci95": [-0.5, 0.1], "verdict": "better", "p": 0.3}
+    assert reading.turned(pair) == back
+    assert reading.turned(back) == pair
+
+
+def test_levels_add_up_to_the_accuracy(comparison):
+    assert set(comparison.levels) == {"micro_math"}  # the other has no levels
+    for row in comparison.leaderboard("micro_math"):
+        levels = comparison.levels["micro_math"][row["method"]]
+        assert [level for level, _ in levels] == list(range(1, LEVELS + 1))
+        # as many problems at each level
+        assert sum(value for _, value in levels) / LEVELS == pytest.approx(row["accuracy"])
+
+
+def test_minimal_summary_is_enough(tmp_path):
+    """Only the keys that the design lists; no runs, no samples."""
+    cell = {"benchmark": "b", "n_problems": 10, "n_samples": 1, "truncated": 0, "unparsed": 1}
+    summary = {
+        "name": "small",
+        "protocol": "abc",
+        "environment": {},
+        "cells": [
+            {
+                **cell,
+                "method": "base",
+                "seed": 0,
+                "accuracy": 0.1,
+                "ci95": [0.0, 0.4],
+                "ledger": {},
+            },
+            {
+                **cell,
+                "method": "sft",
+                "seed": 0,
+                "accuracy": 0.5,
+                "ci95": [0.2, 0.8],
+                "ledger": {"trained": 9},
+            },
+            {
+                **cell,
+                "method": "sft",
+                "seed": 1,
+                "accuracy": 0.7,
+                "ci95": [0.4, 0.9],
+                "ledger": {"trained": 9},
+            },
+        ],
+        "pairs": [
+            {"a": "sft", "b": "base", "benchmark": "b", "delta": 0.5, "ci95": [0.2, 0.8]}
+            | {"p": 0.01, "p_holm": 0.01, "mde": 0.3, "verdict": "better"}
+        ],
+        "ledger": {"charged": {}, "spent": {}},
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = Page(report.write(tmp_path)[0].read_text(encoding="utf-8"))
+    assert page.tables[0][2][:4] == ["sft", "60.0 %", "20.0 to 90.0", "+50.0 better"]
+    assert reading.headline(reading.load(tmp_path)) == (
+        "On b, sft (+50.0 points, 20.0 to 80.0) is better than base."
+    )
+
+
+# --- sentences ---------------------------------------------------------------------------------
+
+
+def test_headline_names_better_worse_and_undecided(comparison):
+    sentence = reading.headline(comparison)
+    assert sentence.startswith("On micro_math, paced (+")
+    assert "is better than sft" in sentence
+    assert "limo (" + reading.MINUS in sentence
+    assert "cannot be told from sft (a difference of " in sentence
+    assert sentence.count(".") > 1
+    assert "; on micro_code, " in sentence
+
+
+def test_one_seed_reads_as_no_verdict(tmp_path):
+    folder = example(tmp_path / "one", seeds=1, problems=30, arms=["sft", "paced"])
+    report.write(folder)
+    sentence = reading.headline(reading.load(folder))
+    assert f"no verdict is given ({statistics.ONE_SEED})" in sentence
+    assert statistics.ONE_SEED in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("quantity", "value", "text"),
+    [
+        ("trained", 0, "0"),
+        ("trained", 950, "950"),
+        ("trained", 1_234_567, "1.23M"),
+        ("flops", 3.46e15, "3.5e15"),
+        ("seconds", 71.4, "71 s"),
+        ("seconds", 5400, "90 min"),
+        ("seconds", 86400, "24 h"),
+    ],
+)
+def test_amounts(quantity, value, text):
+    assert reading.amount(quantity, value) == text
+
+
+def test_numbers_in_words():
+    assert reading.points(-0.0123) == f"{reading.MINUS}1.2 points"
+    assert reading.signed(0.0001) == "0.0"
+    assert reading.span([-0.011, 0.053]) == f"{reading.MINUS}1.1 to 5.3"
+    assert reading.p_value(0.00004) == "<0.001"
+    assert reading.share(0.0004) == "<0.1 %"
+    assert reading.listed(["a", "b", "c"]) == "a, b and c"
+    assert reading.over_runs([1, 2, 6]) == "3 (1 to 6 over 3 runs)"
+    assert reading.over_runs([True, True]) == "True"
+    assert reading.facts({"a": {"b": [1, 2]}, "c": None}) == [("a.b", "1, 2"), ("c", "none")]
+
+
+# --- charts ------------------------------------------------------------------------------------
+
+
+def test_scales():
+    scale = Scale(0, 1, 100, 0)
+    assert [scale(v) for v in (0, 0.25, 1)] == [100, 75, 0]
+    assert scale.ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert Scale(2, 6, 10, 50)(3) == 20
+    log = Scale(10, 1000, 0, 300, log=True)
+    assert log(100) == pytest.approx(150)
+    log = Scale(1, 1000, 0, 300, log=True)
+    assert log.ticks() == [1, 10, 100, 1000]
+    assert Scale(2e12, 9e12, 0, 1, log=True).ticks() == [2e12, 5e12]
+    around = plots.linear([0.31, 0.78], 0, 1)
+    assert (around.low, around.high) == pytest.approx((0.3, 0.8))
+    assert plots.share_scale([1.0, 1.0], 0, 1).high == 1.0
+
+
+def test_styles_stay_apart():
+    looks = [Style.of(i) for i in range(24)]
+    assert len(set(looks)) == 24
+    assert Style.of(None) not in looks
+
+
+def test_long_curves_are_thinned():
+    curve = [{"step": i, "loss": float(i)} for i in range(1, 1001)]
+    thin = report.thinned(curve)
+    assert len(thin) <= report.BINS
+    assert thin[0] == (4.0, 4.0)  # the mean of 1 to 7
+
+
+def test_terminal_fits_100_columns(comparison):
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    report.terminal(comparison.summary, console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "paced" in text
+    assert "cannot tell" in text
+    assert "[" not in text.replace("[0, 1]", "")  # no markup left, none eaten
+    assert "<script>alert(1)</script>|x_y" in text.replace("\n", "") or "<script>" in text
+
+
+def test_stage_line():
+    stage = {"name": "main", "steps": 5, "examples": 7, "objective": "nll"}
+    assert formats.stage_line(stage) == "main: 5 steps of nll on 7 examples"

@@ -1,0 +1,177 @@
+"""The MLflow mirror: one database, made once, and read back through the client."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+
+from harness import report, tracking
+from tests.harness.test_report import example
+
+pytest.importorskip("mlflow")
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A small comparison, recorded as it grew: unfinished, finished, and once more."""
+    from mlflow import MlflowClient
+
+    root = tmp_path_factory.mktemp("results")
+    folder = example(root / "paced-frontier", seeds=2, problems=24, arms=["sft", "paced"], steps=30)
+    report.write(folder)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_DISABLE_TELEMETRY"):
+        os.environ.pop(name, None)
+    file = folder / "runs" / "arm1" / "1" / "run.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({**whole, "curve": whole["curve"][:20]}))
+    assert tracking.record(folder)
+    file.write_text(json.dumps(whole))
+    first = tracking.record(folder)
+    second = tracking.record(folder)
+    client = MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+    return folder, first, second, client
+
+
+def test_round_trip(recorded):
+    """Everything in one test, as the database costs seconds."""
+    folder, first, second, client = recorded
+    assert first == second
+    experiment = client.get_experiment_by_name("paced-frontier")
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 1 + 1 + 2 * 2  # parent, base, two methods of two seeds: no doubles
+    parent = client.get_run(first)
+    assert parent.info.status == "FINISHED"
+    tags = parent.data.tags
+    assert (tags["name"], tags["protocol"], tags["config_hash"]) == (
+        "paced-frontier",
+        "5f0c2a91",
+        "c0ffee42",
+    )
+    assert (tags["commit"], tags["version"]) == ("abc1234", "0.1.0")
+    assert "## Leaderboard: micro_code" in tags["mlflow.note.content"]
+    assert "## Verdicts" not in tags["mlflow.note.content"]
+    artifacts = {item.path for item in client.list_artifacts(first)}
+    assert artifacts == set(tracking.ARTIFACTS)
+    assert (folder.parent / "mlartifacts").is_dir()
+
+    children = {r.data.tags["retort.key"]: r for r in runs if r.info.run_id != first}
+    assert all(run.data.tags["mlflow.parentRunId"] == first for run in children.values())
+    paced = children["arm1/1"]
+    assert paced.data.params["beta"] == "2.0"
+    assert paced.data.params["budget.steps"] == "30"
+    assert paced.data.params["seed"] == "1"
+    assert paced.data.tags["method"] == "paced"
+    assert paced.data.tags["teacher"] == "micro/teacher"
+    summary = json.loads((folder / "summary.json").read_text())
+    cell = next(
+        c
+        for c in summary["cells"]
+        if (c["method"], c["seed"], c["benchmark"]) == ("paced", 1, "micro_math")
+    )
+    assert paced.data.metrics["accuracy/micro_math"] == pytest.approx(cell["accuracy"])
+    assert paced.data.metrics["charged/teacher_generated"] == pytest.approx(3.2e5 * 1.6)
+    assert paced.data.metrics["spent/teacher_generated"] == pytest.approx(1e5)
+    assert children["base/0"].data.metrics.keys() >= {"accuracy/micro_math", "unparsed/micro_code"}
+
+    curve = json.loads((folder / "runs" / "arm1" / "1" / "run.json").read_text())["curve"]
+    history = client.get_metric_history(paced.info.run_id, "loss")  # grown from 20 points to 30
+    assert [(p.step, p.value) for p in sorted(history, key=lambda p: p.step)] == [
+        (row["step"], row["loss"]) for row in curve
+    ]
+    assert len(client.get_metric_history(paced.info.run_id, "accuracy/micro_math")) == 1
+    _another_student_replaces_its_run(folder, client, paced, experiment.experiment_id)
+
+
+def _another_student_replaces_its_run(folder, client, paced, experiment):
+    file = folder / "runs" / "arm1" / "1" / "run.json"
+    run = json.loads(file.read_text())
+    run["curve"][0]["loss"] += 1
+    file.write_text(json.dumps(run))
+    tracking.record(folder)
+    runs = client.search_runs([experiment])
+    (new,) = [r for r in runs if r.data.tags["retort.key"] == "arm1/1"]
+    assert new.info.run_id != paced.info.run_id
+    assert new.data.metrics["accuracy/micro_math"] == paced.data.metrics["accuracy/micro_math"]
+    assert len(runs) == 6
+
+
+def test_failure_is_one_line_and_no_error(tmp_path, capsys):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "summary.json").write_text("{")
+    assert tracking.record(folder, uri=f"sqlite:///{tmp_path / 'dir' / 'x.db'}") is None
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("retort: not recorded in MLflow (sqlite:///")
+
+
+def test_one_writer_at_a_time(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'deep' / 'mlflow.db'}"
+    order = []
+
+    def other():
+        with tracking._one_writer(uri):
+            order.append("second")
+
+    with tracking._one_writer(uri):
+        thread = threading.Thread(target=other)
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join(timeout=5)
+    assert order == ["first", "second"]
+
+
+def test_names_are_made_to_fit():
+    assert tracking._name("charged/<b>|x:y") == "charged/_b__x_y"
+    assert dict(tracking._flat({"a": {"b": 1, "c": None}, "d": [2]})) == {"a.b": 1, "d": [2]}
+
+
+def test_ui_needs_a_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ValueError, match=r"results/mlflow.db does not exist.*retort compare"):
+        tracking.ui()
+    tracking.ui("http://127.0.0.1:1/")
+    assert "on a server: http://127.0.0.1:1/" in capsys.readouterr().out
+
+
+FAKE_SERVER = """
+import http.server, sys
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])),
+                       http.server.SimpleHTTPRequestHandler).serve_forever()
+"""
+
+
+def test_ui_prints_its_address_and_ends_when_interrupted(tmp_path):
+    """With a stand-in for `mlflow ui`, which takes long to start."""
+    (tmp_path / "mlflow.py").write_text(FAKE_SERVER)
+    (tmp_path / "x.db").write_bytes(b"")
+    command = [sys.executable, "-c", "from harness import tracking; tracking.ui('sqlite:///x.db')"]
+    paths = os.pathsep.join([str(tmp_path), os.getcwd()])
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        line = process.stdout.readline()
+        address = line.split()[1]
+        assert line.startswith("MLflow: http://127.0.0.1:")
+        assert urllib.request.urlopen(address, timeout=5).status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 0
+    with pytest.raises(OSError):
+        urllib.request.urlopen(address, timeout=1)
