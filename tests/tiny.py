@@ -64,7 +64,7 @@ def tiny_network(
 
 @cache
 def tiny_path(seed: int = 0, rows: int = 320) -> Path:
-    """A checkpoint folder that lives as long as the session."""
+    """A checkpoint folder that lives as long as the process."""
     folder = Path(tempfile.mkdtemp(prefix="tiny-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return HFModel(tiny_network(seed, rows), tiny_tokenizer()).save(folder / "model")

@@ -11,14 +11,12 @@ MATH = MicroSet(
     name="micro_math",
     families={"reduce": math.draw_reduce, "solve": math.draw_solve},
     levels={"reduce": (1, 2, 3, 4, 5, 6, 7), "solve": (1, 2, 3, 4, 5, 6)},
-    default_levels={"reduce": (1, 2, 3, 4, 5, 6), "solve": (1, 2, 3, 4, 5)},
     oracle=math.MathOracle(),
 )
 CODE = MicroSet(
     name="micro_code",
     families={"code": code.draw_code},
     levels={"code": (2, 3, 4, 5, 6)},
-    default_levels={"code": (2, 3, 4, 5)},
     oracle=code.CodeOracle(),
 )
 CHECKPOINTS = {

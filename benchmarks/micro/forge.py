@@ -1,7 +1,7 @@
 """Train the micro teacher and the base student from seeds: `python -m benchmarks.micro.forge`.
 
 Plain supervised training on fresh problems of the train split. The teacher sees the upper levels seldom (so that it errs
-late rather than at once) and half of its prompts carry the answer as a hint; the student is thinner still, hardly knows
+late rather than at once) and a third of its prompts carry the answer as a hint; the student is thinner still, hardly knows
 hints, and is taught the other valid order of steps.
 """
 
@@ -66,13 +66,13 @@ TEACHER = Recipe(
     width=128,
     layers=3,
     heads=4,
-    steps=1800,
+    steps=2200,
     order="right",
-    hinted=0.45,
+    hinted=0.35,
     mixture={
-        "reduce": {1: 9, 2: 11, 3: 9, 4: 4, 5: 0.8, 6: 0.25, 7: 0.1},
-        "solve": {1: 7, 2: 8, 3: 4, 4: 0.8, 5: 0.2, 6: 0.1},
-        "code": {2: 5, 3: 5, 4: 4, 5: 1.2, 6: 0.3},
+        "reduce": {1: 8, 2: 10, 3: 10, 4: 6, 5: 1.2, 6: 0.3, 7: 0.1},
+        "solve": {1: 6, 2: 8, 3: 6, 4: 1.5, 5: 0.3, 6: 0.1},
+        "code": {2: 5, 3: 5, 4: 4, 5: 1.2, 6: 0.2},
     },
 )
 STUDENT = Recipe(
@@ -85,8 +85,8 @@ STUDENT = Recipe(
     order="left",
     hinted=0.1,
     mixture={
-        "reduce": {1: 12, 2: 11, 3: 0.8, 4: 0.6, 5: 0.3, 6: 0.1},
-        "solve": {1: 9, 2: 2, 3: 0.6, 4: 0.3, 5: 0.1},
+        "reduce": {1: 12, 2: 12, 3: 0.8, 4: 0.3, 5: 0.1},
+        "solve": {1: 9, 2: 2, 3: 0.4, 4: 0.1},
         "code": {2: 2, 3: 1.2, 4: 0.6, 5: 0.2},
     },
 )

@@ -53,8 +53,7 @@ class MicroSet:
 
     name: str
     families: Mapping[str, Draw]
-    levels: Mapping[str, tuple[int, ...]]  # every level of a family that the models know
-    default_levels: Mapping[str, tuple[int, ...]]
+    levels: Mapping[str, tuple[int, ...]]  # of each family; all of them unless told otherwise
     oracle: Oracle | None
 
     @property
@@ -98,7 +97,7 @@ class MicroSet:
             (family, level)
             for family in self.families
             if families is None or family in families
-            for level in (self.default_levels[family] if levels is None else self.levels[family])
+            for level in self.levels[family]
             if levels is None or level in levels
         ]
         if missing := sorted(set(levels or ()) - {level for _, level in cells}):

@@ -36,7 +36,7 @@ from harness.models.identity import digest, identity
 from harness.types import Batch, Capability, Ids, Request, Sampling, Scores, Trace
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROWS = 256  # most rows of a generation block
+ROWS = 512  # most rows of a generation block
 CACHE_BYTES = 8 << 30  # most memory of a block's key-value cache
 SCORED_TOKENS = 16384  # tokens of a scoring batch, padding included
 LOGITS = 1 << 24  # logits in memory at once when scoring
