@@ -100,7 +100,9 @@ def evaluate(
             cache=_store(results),
             progress=lambda phase, done, total: display(model, phase, done, total),
         )
-    table = Table("benchmark", "accuracy", "95 % interval", "problems", "n", "truncated", "unparsed")
+    table = Table(
+        "benchmark", "accuracy", "95 % interval", "problems", "n", "truncated", "unparsed"
+    )
     for row in rows:
         low, high = row["ci95"]
         table.add_row(

@@ -202,7 +202,12 @@ def source_of(name: str) -> str:
 
 
 def score(
-    model: LanguageModel, benchmarks: Mapping[str, Any], *, seed: int, cache: Store, progress: Report
+    model: LanguageModel,
+    benchmarks: Mapping[str, Any],
+    *,
+    seed: int,
+    cache: Store,
+    progress: Report,
 ) -> list[dict[str, Any]]:
     """One row a benchmark: accuracy with its 95 % interval over problems, truncated and unparsed."""
     found = evaluate(model, benchmarks, seed=seed, cache=cache, progress=progress)
