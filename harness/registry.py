@@ -138,9 +138,10 @@ def card(cls: type[Method]) -> str:
 
 
 def summary(cls: type[Method]) -> str:
-    """What the method does, in the first line of its module."""
+    """What the method does: its module's first line, `Title: what it does (source).`"""
     module = inspect.getmodule(cls)
-    return (module.__doc__ or "").strip().split("\n")[0].rstrip(".")
+    first = (module.__doc__ or "").strip().split("\n")[0]
+    return first.partition(": ")[2].partition(" (")[0].rstrip(".")
 
 
 def paper_recipe(cls: type[Method]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""LIMO, version 2 (arXiv:2502.03387v3): few hard problems, each with its best-written chain.
+"""LIMO: few hard problems, each with its best-written chain (version 2, arXiv:2502.03387v3).
 
 Difficulty band by the student's and the teacher's pass rates, a quality score of each correct chain, the best chain of each
 problem, the top k of all. The student stands for the paper's weak filter (Qwen2.5-Math-7B-Instruct), the teacher for its strong

@@ -1,6 +1,6 @@
-"""Rejection-sampling SFT (DeepSeek-R1-Distill, arXiv:2501.12948, sec. 2.3.3 and 2.4; open-r1).
+"""Rejection-sampling SFT: train on the teacher's verified responses (DeepSeek-R1-Distill, arXiv:2501.12948; open-r1).
 
-Sample the teacher, keep verified responses of the right form, train on them with the negative log-likelihood.
+Sample the teacher, keep verified responses of the right form (sec. 2.3.3 and 2.4), minimise their negative log-likelihood.
 Left out: the generative judge that open-r1 runs beside math-verify, and near-duplicate removal by MinHash.
 """
 

@@ -1,0 +1,195 @@
+"""The lab: samples out of the store, charged once, cut by caps; randomness that is a function of its purpose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness.config import SamplingSettings
+from harness.lab import Workbench
+from harness.ledger import Ledger
+from harness.models.hf import HFModel
+from harness.models.scripted import Scripted
+from harness.store import Store
+from harness.types import Problem, Request
+from tests.benches import answer, scripted
+from tests.tiny import tiny_model
+
+RIGHT, WRONG = answer("7"), answer("8")
+PROBLEMS = [Problem(name, f"{name}=?", "7", verifier="exact") for name in ("p", "qq", "rrr")]
+
+
+class Counting(HFModel):
+    """Counts the blocks that it samples."""
+
+    blocks = 0
+
+    def generate_block(self, block: Any, **options: Any) -> Any:
+        self.blocks += 1
+        return super().generate_block(block, **options)
+
+
+def counting(seed: int = 1) -> Counting:
+    model = tiny_model(seed)
+    return Counting(model.model, model.tokenizer, name="teacher")
+
+
+def lab(store: Path, teacher: HFModel, **settings: Any) -> Workbench:
+    student = tiny_model(0)
+    return Workbench(
+        student,
+        {"base": lambda: tiny_model(0).freeze(), "teacher": lambda: teacher},
+        PROBLEMS,
+        Store(store),
+        settings.pop("ledger", Ledger()),
+        SamplingSettings(temperature=1.0, max_new_tokens=12),
+        **settings,
+    )
+
+
+def texts(traces: Any) -> list[list[str]]:
+    return [[trace.text for trace in group] for group in traces]
+
+
+def test_a_second_cell_reads_what_the_first_sampled(tmp_path: Path) -> None:
+    teacher = counting()
+    one, two = lab(tmp_path, teacher), lab(tmp_path, teacher, seed=5)
+    first = one.samples(teacher, 4)
+    blocks = teacher.blocks
+    assert blocks > 0 and texts(two.samples(teacher, 4)) == texts(first)
+    assert teacher.blocks == blocks
+    assert two._ledger.spent["teacher_generated"] == 0
+    written = sum(len(t.tokens) for group in first for t in group)
+    assert one._ledger.charged["teacher_generated"] == written
+    assert two._ledger.charged["teacher_generated"] == written
+
+
+def test_more_samples_add_to_those_that_there_are(tmp_path: Path) -> None:
+    teacher = counting()
+    few = lab(tmp_path, teacher).samples(teacher, 2)
+    spent = teacher.blocks
+    bench = lab(tmp_path, teacher)
+    many = bench.samples(teacher, 4)
+    assert [group[:2] for group in texts(many)] == texts(few)
+    assert teacher.blocks == 2 * spent or teacher.blocks > spent
+    new = sum(len(t.tokens) for group in many for t in group[2:])
+    assert bench._ledger.spent["teacher_generated"] == new
+
+
+def test_asking_twice_is_charged_once(tmp_path: Path) -> None:
+    teacher = counting()
+    bench = lab(tmp_path, teacher)
+    bench.samples(teacher, 2)
+    before = dict(bench._ledger.charged)
+    bench.samples(teacher, 2)
+    assert bench._ledger.charged == before
+
+
+def test_a_data_seed_redraws_and_a_training_seed_does_not(tmp_path: Path) -> None:
+    teacher = counting()
+    first = texts(lab(tmp_path, teacher).samples(teacher, 2))
+    assert texts(lab(tmp_path, teacher, seed=9).samples(teacher, 2)) == first
+    assert texts(lab(tmp_path, teacher, data_seed=1).samples(teacher, 2)) != first
+
+
+def test_on_policy_samples_are_fresh_at_every_step_and_not_stored(tmp_path: Path) -> None:
+    clock = [(1, 0)]
+    bench = lab(tmp_path, counting(), clock=lambda: clock[0])
+    first = texts(bench.samples(bench.student, 1, on_policy=True))
+    assert texts(bench.samples(bench.student, 1, on_policy=True)) == first
+    clock[0] = (1, 1)
+    assert texts(bench.samples(bench.student, 1, on_policy=True)) != first
+    assert not list(tmp_path.rglob("*.arrow"))
+    other = lab(tmp_path, counting(), seed=1, clock=lambda: (1, 0))
+    assert texts(other.samples(other.student, 1, on_policy=True)) != first
+    assert bench._ledger.charged["student_generated"] > 0
+    assert bench._ledger.charged["teacher_generated"] == 0
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_cap_cuts_in_order_whatever_is_cached(tmp_path: Path, warm: bool) -> None:
+    teacher = counting()
+    whole = lab(tmp_path / str(warm), teacher).samples(teacher, 2) if warm else None
+    bench = lab(tmp_path / str(warm), teacher, ledger=Ledger({"teacher_generated": 30}))
+    traces = bench.samples(teacher, 2)
+    sizes = [len(t.tokens) for group in traces for t in group]
+    assert sum(sizes[:-1]) < 30 <= sum(sizes)
+    assert bench.notes["cut by the cap on teacher_generated"] is True
+    reference = whole or lab(tmp_path / "other", teacher).samples(teacher, 2)
+    flat = [t for group in texts(reference) for t in group]
+    assert [t for group in texts(traces) for t in group] == flat[: len(sizes)]
+    assert len(sizes) < len(flat)
+
+
+def test_pass_rates_by_hand() -> None:
+    bench = scripted({"a": [RIGHT, WRONG, WRONG, RIGHT], "b": [WRONG] * 4, "c": [RIGHT] * 4})
+    assert bench.pass_rates(bench.teacher, 4) == pytest.approx([0.5, 0.0, 1.0])
+    assert bench.pass_rates(bench.teacher, 3) == pytest.approx([1 / 3, 0.0, 1.0])
+
+
+def test_references_weigh_and_leave_out() -> None:
+    bench = scripted({"a": [WRONG, RIGHT], "b": [WRONG, WRONG], "c": [RIGHT, WRONG]})
+    examples = bench.references([2.0, 1.0, 0.0], n=2)
+    assert [(e.problem, e.weight, bench.student.decode(e.response)) for e in examples] == [
+        ("a", 2.0, RIGHT),
+        ("c", 0.0, ""),
+    ]
+    assert bench.notes["references"] == {"kept": 1, "no verified response": 1, "weight 0": 1}
+    with pytest.raises(ValueError, match="give one a problem"):
+        bench.references([1.0])
+
+
+def test_a_continuation_keeps_its_prefix_and_trains_under_the_bare_prompt(tmp_path: Path) -> None:
+    teacher = counting()
+    bench = lab(tmp_path, teacher)
+    problem = PROBLEMS[0]
+    prefix = teacher.tokenize("so far", end=False)
+    request = Request(bench.prompt(problem, "7"), problem, prefix)
+    ((trace,),) = bench.samples(teacher, 1, requests=[request])
+    assert trace.tokens[: len(prefix)] == prefix and trace.prefix == len(prefix)
+    example = bench.example(trace, 0.5)
+    assert example.prompt == bench.student.encode(bench.prompt(problem))
+    assert example.response == trace.tokens and example.weight == 0.5
+    assert bench._ledger.charged["teacher_generated"] == len(trace.tokens) - len(prefix)
+
+
+def test_a_teacher_with_another_vocabulary_is_read_as_text(tmp_path: Path) -> None:
+    author = Scripted({problem.id: [RIGHT] for problem in PROBLEMS})
+    student = tiny_model(0)
+    assert author.vocabulary_digest != student.vocabulary_digest
+    bench = Workbench(
+        student,
+        {"teacher": lambda: author},
+        PROBLEMS,
+        Store(tmp_path),
+        Ledger(),
+        SamplingSettings(),
+    )
+    ((trace,), *_) = bench.samples(author, 1)
+    assert bench.example(trace).response == student.tokenize(RIGHT)
+
+
+def test_randomness_is_a_function_of_seed_and_purpose() -> None:
+    one, two = scripted({"a": []}), scripted({"a": []}, seed=1)
+    draw = one.rng("order").random(3)
+    assert np.array_equal(draw, scripted({"a": []}).rng("order").random(3))
+    assert not np.array_equal(draw, one.rng("other").random(3))
+    assert not np.array_equal(draw, two.rng("order").random(3))
+
+
+def test_verdicts_of_costly_verifiers_are_kept(tmp_path: Path) -> None:
+    items = [Problem("m", "m", "1/2", verifier="math", source="x")]
+    author = Scripted({"m": [r"<think></think>\boxed{0.5}"]})
+
+    def bench() -> Workbench:
+        pupil = Scripted({"m": [""]}, name="student")
+        loaders = {"base": lambda: pupil, "teacher": lambda: author}
+        return Workbench(pupil, loaders, items, Store(tmp_path), Ledger(), SamplingSettings())
+
+    one, two = bench(), bench()
+    assert one.samples(author, 1)[0][0].correct and two.samples(author, 1)[0][0].correct
+    assert (one._ledger.spent["verifier_calls"], two._ledger.spent["verifier_calls"]) == (1, 0)
+    assert two._ledger.charged["verifier_calls"] == 1
