@@ -18,7 +18,7 @@ from harness.config import Benchmark, Budget, Experiment, Training
 from harness.lab import Workbench
 from harness.ledger import Ledger
 from harness.models.hf import HFModel
-from harness.store import Store, digest, short_digest
+from harness.store import Store, digest, short_digest, writing
 from harness.trainer import Trainer
 from harness.types import LanguageModel, Problem
 
@@ -118,7 +118,8 @@ def train(job: Job, experiment: Experiment, student: HFModel, store: Store, repo
         raise ValueError(f"{job.label}: the method has no stages, so nothing was trained")
     if not trainer.accelerator.is_main_process:
         return
-    student.save(job.model_folder)
+    with writing(job.model_folder):
+        student.save(job.model_folder)
     record = {
         "method": method.name,
         "label": job.label,
@@ -155,11 +156,12 @@ def evaluate(
         cache=store,
     )[name]
     extra = {"method": job.label, "seed": job.seed, "data_seed": job.data_seed}
-    evaluation.write_records(
-        job.samples_file(name),
-        [{**record, **extra} for record in records],
-        {"key": evaluation_key(job, experiment, name)},
-    )
+    with writing(job.samples_file(name)):
+        evaluation.write_records(
+            job.samples_file(name),
+            [{**record, **extra} for record in records],
+            {"key": evaluation_key(job, experiment, name)},
+        )
 
 
 def recipe(experiment: Experiment, label: str) -> tuple[Training, Budget]:

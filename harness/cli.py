@@ -221,10 +221,13 @@ def cache_prune(
     older_than: Annotated[
         float | None, typer.Option(help="Only what was not used for this many days.")
     ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="The whole store.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     results: Results = RESULTS,
 ) -> None:
     """Remove from the store; what a later run needs again is computed again."""
+    if not (kind or older_than or everything):
+        raise ValueError("say what to remove: --kind samples, --older-than 30, or --all")
     freed = _store(results).prune(kind=kind, older_than_days=older_than, dry_run=dry_run)
     out.print(f"{'Would free' if dry_run else 'Freed'} {freed / 2**20:.1f} MiB", highlight=False)
 

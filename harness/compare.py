@@ -229,8 +229,7 @@ def summarise(
     ledgers = {name: run["ledger"] for name, run in runs.items()}
     free = Ledger().summary()
     for row in judged.cells:
-        found = [at for at in ledgers if at[:2] == (row["method"], row["seed"])]
-        row["ledger"] = ledgers[found[0]] if found else free
+        row["ledger"] = ledgers.get((row["method"], row["seed"], row["data_seed"]), free)
     for row in judged.arms:
         mine = [Ledger.from_dict(ledgers[at]) for at in ledgers if at[0] == row["method"]]
         row["ledger"] = total(mine).summary() if mine else free
@@ -240,7 +239,7 @@ def summarise(
         "protocol": protocol,
         "config": setting.model_dump(mode="json"),
         "config_hash": setting.hash,
-        "contamination": contamination,
+        "contamination": {k: v for k, v in contamination.items() if k != "of"},
         "cells": judged.cells,
         "arms": judged.arms,
         "pairs": judged.pairs,

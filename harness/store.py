@@ -423,6 +423,19 @@ os.register_at_fork(after_in_child=_leave_claims_to_parent)
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around other libraries' writers, each with its own way to say that a disk is full: one readable error."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise StoreError(
+            f"{path} could not be written ({reason}); what was finished is kept: "
+            "free some space, or make the folder writable, and run the same command again"
+        ) from error
+
+
+@contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield

@@ -28,7 +28,7 @@ from harness.ledger import Ledger, forward_flops, training_flops
 from harness.models.collate import collate
 from harness.models.hf import HFModel
 from harness.objectives.chunked import chunked_loss
-from harness.store import digest
+from harness.store import digest, writing
 from harness.types import Batch, Example, Objective, OffPolicy, Stage, Tokens
 
 if TYPE_CHECKING:
@@ -358,23 +358,25 @@ class Trainer:
             return
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_suffix(f".{os.getpid()}.partial")
-        torch.save(
-            {
-                "state": vars(self.state),
-                "model": self.student.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "ledger": self.ledger.to_dict(),
-                "notes": dict(notes),
-                "rng": {
-                    "torch": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state_all(),
-                    "python": random.getstate(),
-                    "numpy": np.random.get_state(),
-                },
+        held = {
+            "state": vars(self.state),
+            "model": self.student.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ledger": self.ledger.to_dict(),
+            "notes": dict(notes),
+            "rng": {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all(),
+                "python": random.getstate(),
+                "numpy": np.random.get_state(),
             },
-            partial,
-        )
-        os.replace(partial, self.checkpoint)
+        }
+        try:
+            with writing(self.checkpoint):
+                torch.save(held, partial)
+                os.replace(partial, self.checkpoint)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def resume(self) -> Mapping[str, Any] | None:
         """Take up the last checkpoint; returns the notes it held, or None if there is none."""

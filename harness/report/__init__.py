@@ -17,6 +17,13 @@ from harness.report.plots import Series, Style
 from harness.report.reading import BASE, Comparison
 
 COLUMNS = 100  # of the terminal
+CHARGED = (  # its cost columns: what one student of a method would pay alone
+    ("teacher\nwrote", "teacher_generated"),
+    ("teacher\nscored", "teacher_scored"),
+    ("student\nwrote", "student_generated"),
+    ("\ntrained", "trained"),
+    ("\nFLOPs", "flops"),
+)
 BINS = 150  # points of a training curve
 
 
@@ -184,6 +191,8 @@ def terminal(summary: Mapping[str, Any], console: Console | None = None) -> None
     """Print the result, the leaderboards and the verdicts, in at most 100 columns."""
     comparison = Comparison(summary)
     console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=COLUMNS)
     width = min(console.width, COLUMNS)
     console.print(Text(reading.headline(comparison), style="bold"), width=width)
     for benchmark in comparison.benchmarks:
@@ -211,7 +220,7 @@ def _board(comparison: Comparison, benchmark: str) -> Table:
     table = _grid(
         f"\n{benchmark}",
         ["method"],
-        ["accuracy", "95 %", "truncated", "unparsed", "trained", "FLOPs"],
+        ["accuracy", "95 %", "trun-\ncated", "un-\nparsed", *(head for head, _ in CHARGED)],
     )
     for row in comparison.leaderboard(benchmark):
         mark = " (reference)" if row["method"] == comparison.reference else ""
@@ -221,8 +230,7 @@ def _board(comparison: Comparison, benchmark: str) -> Table:
             reading.span(row["ci95"]),
             reading.share(row["truncated"]),
             reading.share(row["unparsed"]),
-            reading.amount("trained", row["costs"]["trained"]),
-            reading.amount("flops", row["costs"]["flops"]),
+            *(reading.amount(quantity, row["costs"][quantity]) for _, quantity in CHARGED),
         )
     return table
 

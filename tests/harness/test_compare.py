@@ -124,6 +124,16 @@ def test_another_configuration_under_the_same_name_is_refused(
         compare(path, results=folder / "results", quiet=True, track=False)
 
 
+def test_data_seeds_redraw_the_teachers_samples(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = whole
+    path = suite(folder, name="redrawn", data_seeds=[0, 1], seeds=1)
+    both = compare(path, methods=["sft"], results=folder / "results", quiet=True, track=False)
+    cells = [cell for cell in both["cells"] if cell["method"] == "sft"]
+    assert [(cell["seed"], cell["data_seed"]) for cell in cells] == [(0, 0), (0, 1)]
+    first, second = (cell["ledger"] for cell in cells)
+    assert first["spent"]["teacher_generated"] == 0 < second["spent"]["teacher_generated"]
+
+
 # Each point is a file that a run makes on its way; the process group is killed when it appears.
 POINTS = [
     "store/samples/**/*.arrow",  # while the teacher generates
@@ -188,6 +198,32 @@ def test_two_workers_end_in_the_same_cells_and_pairs(
     spent = [c["ledger"]["spent"]["teacher_generated"] for c in two["cells"]]
     alone = [c["ledger"]["spent"]["teacher_generated"] for c in summary["cells"]]
     assert sum(spent) == sum(alone)  # no block was sampled twice
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_nothing_is_lost(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Files may not grow beyond 300 kB, as on a disk that fills up; then they may."""
+    _, summary = whole
+    limited = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY));"
+        "from harness.cli import main; main()"
+    )
+    words = ["compare", str(suite(tmp_path)), "--results", str(tmp_path / "results")]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    options: Any = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    full = subprocess.run([sys.executable, "-c", limited, *words], **options)
+    assert full.returncode == 2
+    last = full.stderr.strip().splitlines()[-1]
+    assert last.startswith("retort: ") and "could not be written" in last, full.stderr
+    assert "Traceback" not in full.stderr
+    assert not list(tmp_path.rglob("*.partial"))
+    done = subprocess.run([sys.executable, "-m", "harness", *words], **options)
+    assert done.returncode == 0, done.stderr
+    assert judged(json.loads((tmp_path / "results/small/summary.json").read_text())) == judged(
+        summary
+    )
 
 
 # -- bad input ----------------------------------------------------------------------------------
