@@ -54,7 +54,7 @@ class Workbench:
         self._store, self._ledger, self._sampling = store, ledger, sampling
         self._seed, self._data_seed, self._clock = seed, data_seed, clock
         self._report: Report = report or (lambda phase, done, total: None)
-        self._vocabularies: dict[str, str] = {}  # identity of an author -> its vocabulary
+        self._vocabularies: dict[str, str] = {}  # an author's identity or version -> its vocabulary
 
     @property
     def base(self) -> LanguageModel:
@@ -79,7 +79,8 @@ class Workbench:
         if requests is None:
             requests = [Request(self.prompt(problem), problem) for problem in self.problems]
         settings = self._settings(n, on_policy, sampling)
-        self._vocabularies[model.identity] = model.vocabulary_digest
+        author = getattr(model, "version", None) or model.identity
+        self._vocabularies[author] = model.vocabulary_digest
         column = "student_generated" if self._is_student(model) else "teacher_generated"
         if on_policy:
             traces = model.generate(requests, settings)

@@ -150,6 +150,7 @@ class Trainer:
                 examples: Sequence[Example] = self._draw(items, index, self.state.step, size)
             else:
                 if not pending:
+                    self.student.version = f"{self.state.boundaries[index]}+{self.state.step}"
                     block = self._draw(items, index, self.state.step // every, size * every)
                     made = self._fit(source.make(block), stage, notes, needed=False)
                     cuts = [len(made) * i // every for i in range(every + 1)]
@@ -173,6 +174,7 @@ class Trainer:
         )
         done["objective"] = ", ".join(objective.name for objective in objectives.values())
         self.state.stage, self.state.step = index + 1, 0
+        self.student.version = None
         self.student.touch()
         self.save(notes)
 

@@ -181,7 +181,7 @@ class Writer:
         return bool(cuts)
 
     def _traces(self) -> list[Trace]:
-        author = self.lm.identity
+        author = self.lm.version or self.lm.identity
         tokens, logprobs, entropies = (
             x.tolist() for x in (self.tokens, self.logprobs, self.entropies)
         )

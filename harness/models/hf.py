@@ -76,6 +76,8 @@ class HFModel:
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
         self._encoded: dict[str, Ids] = {}
         self._identity: tuple[int, str] | None = None
+        # Set while the weights change with every step: what traces carry, so that not all weights are hashed each time.
+        self.version: str | None = None
         self._head_checked = False
 
     @classmethod

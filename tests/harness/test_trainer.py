@@ -284,6 +284,31 @@ def test_on_policy_examples_are_made_for_every_step_just_before_it() -> None:
     assert [*one[0], *one[1]] == two[0]
 
 
+def test_on_policy_steps_name_the_weights_without_hashing_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from harness.models import hf
+    from harness.types import Request, Sampling
+
+    hashed: list[int] = []
+    real = hf.identity
+    monkeypatch.setattr(hf, "identity", lambda *given: hashed.append(1) or real(*given))
+    run = trainer(4)
+    authors = []
+
+    def make(block: Sequence[Problem]) -> list[Example]:
+        traces = run.student.generate([Request(p.id, p) for p in block], Sampling(max_new_tokens=3))
+        authors.append(traces[0][0].author)
+        return [Example(t.problem.id, (1, 2), t.tokens) for (t,) in traces]
+
+    source = OnPolicy([Problem(name, name) for name in "abcd"], make)
+    run.run(0, Stage("s", source, nll), no_teacher, {})
+    start = run.state.boundaries[0]
+    assert authors == [f"{start}+{step}" for step in range(4)]
+    assert len(hashed) == 1
+    assert run.student.version is None and run.student.identity != start
+
+
 class Killed(Exception):
     pass
 
