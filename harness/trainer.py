@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from harness.types import LanguageModel
 
 Report = Callable[[str, int, int], None]  # phase, done, total
-CAPPED = ("teacher_generated", "teacher_scored", "student_generated")
 
 
 @dataclass
@@ -94,9 +93,11 @@ class Trainer:
         ledger: Ledger,
         checkpoint: Path | None = None,
         report: Report | None = None,
+        key: str = "",
     ) -> None:
         self.student, self.training, self.budget = student, training, budget
-        self.seed, self.ledger, self.checkpoint = seed, ledger, checkpoint
+        self.seed, self.ledger, self.checkpoint, self.key = seed, ledger, checkpoint, key
+        self._saved: dict[str, Any] | None = None  # a checkpoint whose stage is not reached yet
         self.report: Report = report or (lambda phase, done, total: None)
         precision = training.precision
         if precision == "auto":
@@ -121,9 +122,12 @@ class Trainer:
         default: Callable[[], LanguageModel],
         notes: dict[str, Any],
     ) -> None:
-        """Train on one stage; a stage that a checkpoint has behind it is passed over."""
+        """Train on one stage; one that a checkpoint has behind it only gets the student's weights after it."""
         if index < self.state.stage:
+            self._load(torch.load(self._boundary(index + 1), map_location=self.student.device))
             return
+        if self._saved is not None:
+            self._restore(self._saved)
         if len(self.state.boundaries) == index:
             self.state.boundaries.append(self.student.identity)
         teacher: Callable[[], Any] = default if stage.teacher is None else lambda: stage.teacher
@@ -134,11 +138,17 @@ class Trainer:
         else:
             items, every = source.problems, source.every
         if not items:
-            raise ValueError(_empty(stage, "no problems" if every else "no examples", notes))
+            raise ValueError(_empty(stage, "no problems", notes))
         if stage.optimizer == "reset" and self.state.step == 0 and index > 0:
             self.optimizer = self._new_optimizer()
-        end = self._end(stage)
         start = self.state.stages[-1]["from"] if self.state.step else self.state.consumed
+        end = start + self._length(stage)
+        if end <= start:
+            raise ValueError(
+                f"stage {stage.name!r} gets no step: its share {stage.share:g} of {self.budget.steps} steps "
+                "rounds to none; raise the budget"
+            )
+        scored = any(objective.needs_teacher for objective in _objectives(stage))
         if self.state.step == 0:
             self.state.stages.append({"name": stage.name, "share": stage.share, "from": start})
         pending: list[Sequence[Example]] = []
@@ -146,6 +156,7 @@ class Trainer:
         trained = bool(self.state.step)
         while self.state.consumed < end - 1e-9 and not stop:
             self.clock = (index, self.state.step)
+            paid = self.ledger.charged["flops"]
             if isinstance(source, OffPolicy):
                 examples: Sequence[Example] = self._draw(items, index, self.state.step, size)
             else:
@@ -157,11 +168,15 @@ class Trainer:
                     pending = [made[a:b] for a, b in itertools.pairwise(cuts)]
                     self.student.model.train()
                 examples = pending.pop(0)
+                if not any(example.weight for example in examples):
+                    stop = self.ledger.exhausted("student_generated", "teacher_generated")
             progress = (self.state.consumed - start) / (end - start)
             trained |= self._step(stage, examples, teacher, progress)
             self.state.step += 1
-            stop = self.ledger.exhausted(*CAPPED)
-            total = self._steps_left(end) + len(self.state.curve)
+            self._consume(self.ledger.charged["flops"] - paid)
+            if scored:
+                stop = stop or self.ledger.exhausted("teacher_scored")
+            total = self._steps_left() + len(self.state.curve)
             self.report("train", len(self.state.curve), total)
             if self.state.step % self.training.checkpoint_every == 0 and not pending:
                 self.save(notes)
@@ -169,14 +184,11 @@ class Trainer:
             raise ValueError(_empty(stage, "every example has weight 0", notes))
         done = self.state.stages[-1]
         done |= {"steps": self.state.step, "examples": len(items), "stopped_by": stop}
-        objectives = (
-            stage.objective if isinstance(stage.objective, Mapping) else {"": stage.objective}
-        )
-        done["objective"] = ", ".join(objective.name for objective in objectives.values())
+        done["objective"] = ", ".join(objective.name for objective in _objectives(stage))
         self.state.stage, self.state.step = index + 1, 0
         self.student.version = None
         self.student.touch()
-        self.save(notes)
+        self.save(notes, boundary=True)
 
     def _step(
         self, stage: Stage, examples: Sequence[Example], teacher: Callable[[], Any], progress: float
@@ -190,14 +202,18 @@ class Trainer:
         loss = 0.0
         if live:
             loss, norm = self._update(stage, live, denominator(stage, examples), teacher, progress)
+        scored = sum(
+            len(e.prompt if e.teacher_prompt is None else e.teacher_prompt) + len(e.response)
+            for e in live
+            if _objective(stage, e.term).needs_teacher
+        )
         flops = training_flops(self.student.num_parameters, tokens)
-        for quantity, amount in (("trained", tokens), ("steps", 1), ("flops", flops)):
+        if scored:
+            flops += forward_flops(getattr(teacher(), "num_parameters", 0), scored)
+        costs = {"trained": tokens, "steps": 1, "teacher_scored": scored, "flops": flops}
+        for quantity, amount in costs.items():
             self.ledger.charge(quantity, amount)
             self.ledger.spend(quantity, amount)
-        unit = {"steps": 1.0, "trained_tokens": float(tokens), "flops": flops}
-        used = next(unit[name] for name in unit if getattr(self.budget, name) is not None)
-        # A step without weight costs a budget of tokens nothing; a floor keeps the loop finite.
-        self.state.consumed += max(used, self._total() * 1e-5)
         self.state.curve.append(
             {
                 "step": len(self.state.curve) + 1,
@@ -238,7 +254,7 @@ class Trainer:
             teacher = default() if objective.needs_teacher else None
             teacher_hidden = None
             if teacher is not None:
-                teacher_hidden = self._teacher_hidden(teacher, members, idle)
+                teacher_hidden = self._teacher_hidden(teacher, members)
             with nullcontext() if last else self.accelerator.no_sync(self.core):
                 part, _ = self.core(
                     batch,
@@ -257,19 +273,8 @@ class Trainer:
         self.optimizer.zero_grad()
         return float(total), float(norm)
 
-    def _teacher_hidden(
-        self, teacher: LanguageModel, members: Sequence[Example], idle: bool
-    ) -> Tensor:
+    def _teacher_hidden(self, teacher: LanguageModel, members: Sequence[Example]) -> Tensor:
         batch = collate(members, self.student.pad, teacher=True).to(self.student.device).batch
-        scored = sum(
-            len(e.prompt if e.teacher_prompt is None else e.teacher_prompt) + len(e.response)
-            for e in members
-        )
-        if not idle:
-            flops = forward_flops(getattr(teacher, "num_parameters", 0), scored)
-            for quantity, amount in (("teacher_scored", scored), ("flops", flops)):
-                self.ledger.charge(quantity, amount)
-                self.ledger.spend(quantity, amount)
         with torch.no_grad():
             return teacher.hidden(batch)
 
@@ -311,17 +316,26 @@ class Trainer:
         budget = self.budget
         return float(budget.steps or budget.trained_tokens or budget.flops or 0)
 
-    def _end(self, stage: Stage) -> float:
+    def _length(self, stage: Stage) -> float:
+        """A stage's part of the budget; what an earlier stage left unused is not handed on."""
         before = sum(done["share"] for done in self.state.stages[: self.state.stage])
         if not 0 < stage.share <= 1 or before + stage.share > 1 + 1e-6:
             raise ValueError(
                 f"stage {stage.name!r}: its share {stage.share} and those before it ({before:g}) must "
                 "be positive and sum to at most 1"
             )
-        end = (before + stage.share) * self._total()
-        return round(end) if self.budget.steps else end
+        first, last = before * self._total(), (before + stage.share) * self._total()
+        return round(last) - round(first) if self.budget.steps else last - first
 
-    def _steps_left(self, end: float) -> int:
+    def _consume(self, flops: float) -> None:
+        """Take a step off the budget. FLOPs: of training, scoring and the samples drawn for the step."""
+        tokens = float(self.state.curve[-1]["tokens"])
+        unit = {"steps": 1.0, "trained_tokens": tokens, "flops": flops}
+        used = next(unit[name] for name in unit if getattr(self.budget, name) is not None)
+        # A step without weight is free under a budget of tokens; a floor keeps the loop finite.
+        self.state.consumed += used or self._total() * 1e-5
+
+    def _steps_left(self) -> int:
         done = len(self.state.curve)
         rate = self.state.consumed / done if done else 1.0
         return max(0, math.ceil((self._total() - self.state.consumed) / max(rate, 1e-12)))
@@ -354,15 +368,21 @@ class Trainer:
 
     # -- checkpoints ----------------------------------------------------------------------------
 
-    def save(self, notes: Mapping[str, Any]) -> None:
-        """Write everything that the rest of the run depends on, atomically, from rank 0."""
+    def save(self, notes: Mapping[str, Any], boundary: bool = False) -> None:
+        """Write everything that the rest of the run depends on, atomically, from rank 0.
+
+        At the end of a stage the weights are kept in a file of their own too: a run that is taken up again executes the
+        method from its start, and must show it the student as it was between the stages.
+        """
         if self.checkpoint is None or not self.accelerator.is_main_process:
             return
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.checkpoint.with_suffix(f".{os.getpid()}.partial")
+        weights = self.student.model.state_dict()
+        if boundary:
+            self._write(self._boundary(self.state.stage), weights)
         held = {
+            "key": self.key,
             "state": vars(self.state),
-            "model": self.student.model.state_dict(),
+            "model": weights,
             "optimizer": self.optimizer.state_dict(),
             "ledger": self.ledger.to_dict(),
             "notes": dict(notes),
@@ -373,30 +393,59 @@ class Trainer:
                 "numpy": np.random.get_state(),
             },
         }
-        try:
-            with writing(self.checkpoint):
-                torch.save(held, partial)
-                os.replace(partial, self.checkpoint)
-        finally:
-            partial.unlink(missing_ok=True)
+        self._write(self.checkpoint, held)
 
     def resume(self) -> Mapping[str, Any] | None:
-        """Take up the last checkpoint; returns the notes it held, or None if there is none."""
+        """Find the last checkpoint; returns the notes it held, or None if there is none.
+
+        Its weights are loaded when the method reaches the stage that was cut off.
+        """
         if self.checkpoint is None or not self.checkpoint.is_file():
             return None
         saved = torch.load(self.checkpoint, map_location=self.student.device, weights_only=False)
-        self.state = State(**saved["state"])
-        self.student.model.load_state_dict(saved["model"])
-        self.student.touch()
-        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["key"] != self.key:
+            raise ValueError(
+                f"{self.checkpoint} was left by a run with another configuration: give this one a name of "
+                "its own (--set name=…), or remove the file"
+            )
+        self._saved, self.state = saved, State(**saved["state"])
         self.ledger.load(saved["ledger"])
+        return saved["notes"]
+
+    def clear(self) -> None:
+        """Remove the checkpoints of a run that has ended."""
+        if self.checkpoint is not None and self.accelerator.is_main_process:
+            for path in self.checkpoint.parent.glob(f"{self.checkpoint.stem}*.pt"):
+                path.unlink(missing_ok=True)
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        self._saved = None
+        self._load(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
         rng = saved["rng"]
         torch.set_rng_state(rng["torch"].cpu())
         if rng["cuda"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in rng["cuda"]])
         random.setstate(rng["python"])
         np.random.set_state(rng["numpy"])
-        return saved["notes"]
+
+    def _load(self, weights: Mapping[str, Tensor]) -> None:
+        self.student.model.load_state_dict(weights)
+        self.student.touch()
+
+    def _boundary(self, index: int) -> Path:
+        assert self.checkpoint is not None
+        return self.checkpoint.with_name(f"{self.checkpoint.stem}-{index}.pt")
+
+    def _write(self, path: Path, data: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            with writing(path):
+                torch.save(data, partial)
+                os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def denominator(stage: Stage, examples: Sequence[Example]) -> float:
@@ -452,6 +501,12 @@ def _objective(stage: Stage, term: str) -> Objective:
         known = ", ".join(sorted(stage.objective))
         raise ValueError(f"stage {stage.name!r} has no objective for the term {term!r}: {known}")
     return stage.objective[term]
+
+
+def _objectives(stage: Stage) -> list[Objective]:
+    if isinstance(stage.objective, Mapping):
+        return list(stage.objective.values())
+    return [stage.objective]
 
 
 def _empty(stage: Stage, why: str, notes: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,6 +235,49 @@ def test_a_cap_on_scoring_ends_the_stage_and_says_so() -> None:
     assert 300 <= run.ledger.charged["teacher_scored"] < 600 and len(run.state.curve) < 10
 
 
+def test_a_cap_on_what_the_teacher_writes_does_not_stop_training() -> None:
+    ledger = Ledger({"teacher_generated": 10})
+    ledger.charge("teacher_generated", 12)
+    run = trainer(3, ledger=ledger)
+    run.run(0, Stage("s", OffPolicy(EXAMPLES), nll), no_teacher, {})
+    assert len(run.state.curve) == 3 and run.state.stages[0]["stopped_by"] is None
+
+
+def test_a_stage_that_was_cut_hands_nothing_on() -> None:
+    teacher = tiny_model(1).freeze()
+    run = trainer(20, ledger=Ledger({"teacher_scored": 300}))
+    run.run(0, Stage("a", OffPolicy(EXAMPLES), forward_kl, share=0.5), lambda: teacher, {})
+    run.run(1, Stage("b", OffPolicy(EXAMPLES), nll, share=0.5), no_teacher, {})
+    assert run.state.stages[0]["steps"] < 10 and run.state.stages[1]["steps"] == 10
+
+
+def test_a_budget_of_flops_counts_scoring_too() -> None:
+    teacher = tiny_model(1).freeze()
+    lengths = []
+    for objective in (nll, forward_kl):
+        run = trainer(budget=Budget(flops=3e8))
+        run.run(0, Stage("s", OffPolicy(EXAMPLES), objective), lambda: teacher, {})
+        lengths.append(len(run.state.curve))
+    assert lengths[0] > lengths[1] > 1
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    one = trainer(2, checkpoint=path, key="one")
+    one.run(0, Stage("s", OffPolicy(EXAMPLES), nll), no_teacher, {})
+    with pytest.raises(ValueError, match="another configuration"):
+        trainer(2, checkpoint=path, key="two").resume()
+    assert trainer(2, checkpoint=path, key="one").resume() is not None
+    one.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_without_a_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="gets no step"):
+        run = trainer(1)
+        run.run(0, Stage("s", OffPolicy(EXAMPLES), nll, share=0.4), no_teacher, {})
+
+
 def test_an_empty_stage_names_the_filter_and_its_counts() -> None:
     for data in ([], [Example.zero(Problem("z", "z"))]):
         with pytest.raises(ValueError, match=r"stage 's' is empty .*kept: 0"):
@@ -313,19 +356,23 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [1, 3, 4, 5, 7])
+@pytest.mark.parametrize("at", [1, 3, 4, 5, 7, 8])
 def test_a_run_that_was_cut_ends_in_the_same_bits(tmp_path: Path, at: int) -> None:
     """Two stages, one of them on-policy, with dropout and checkpoints every 2 steps, cut at any step."""
     teacher = tiny_model(1).freeze()
 
+    seen: list[list[str]] = []
+
+    def stages(run: Trainer) -> Iterator[Stage]:
+        """A method that looks at the student before, between and after its stages."""
+        seen.append([run.student.identity])
+        yield Stage("off", OffPolicy(EXAMPLES), nll, share=0.5, mean="sequence")
+        seen[-1].append(run.student.identity)
+        yield Stage("on", on_policy(2, []), forward_kl, share=0.5, optimizer="reset")
+        seen[-1].append(run.student.identity)
+
     def go(run: Trainer, notes: dict[str, Any]) -> Trainer:
-        calls: list[Any] = []
-        for index, stage in enumerate(
-            [
-                Stage("off", OffPolicy(EXAMPLES), nll, share=0.5, mean="sequence"),
-                Stage("on", on_policy(2, calls), forward_kl, share=0.5, optimizer="reset"),
-            ]
-        ):
+        for index, stage in enumerate(stages(run)):
             run.run(index, stage, lambda: teacher, notes)
         return run
 
@@ -353,6 +400,7 @@ def test_a_run_that_was_cut_ends_in_the_same_bits(tmp_path: Path, at: int) -> No
     notes = dict(again.resume() or {})
     assert bool(again.state.curve) == (at > 1)
     go(again, notes)
+    assert seen[-1] == seen[0] and len(set(seen[0])) == 3
     assert losses(again) == losses(whole)
     assert torch.equal(weights(again.student), weights(whole.student))
     assert again.ledger.charged == whole.ledger.charged
