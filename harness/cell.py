@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,11 @@ import pyarrow.parquet as pq
 import torch
 
 from harness import evaluation, models, problems, registry
-from harness.config import Benchmark, Budget, Experiment, Training
+from harness.config import Budget, Experiment, Training
 from harness.lab import Workbench
 from harness.ledger import Ledger
 from harness.models.hf import HFModel
+from harness.registry import Method
 from harness.store import Store, digest, short_digest, writing
 from harness.trainer import Trainer
 from harness.types import LanguageModel, Problem
@@ -35,7 +37,6 @@ class Job:
     data_seed: int
     folder: Path  # results/NAME
     store: Path
-    limit: int | None = None  # problems a benchmark
 
     @property
     def name(self) -> str:
@@ -59,15 +60,19 @@ def run(job: Job, report: Report) -> None:
     """Do what is left of a cell."""
     experiment = Experiment.model_validate(job.experiment)
     torch.set_num_threads(experiment.threads or max(1, (os.cpu_count() or 1) // experiment.workers))
-    if experiment.data_dir:
-        os.environ["RETORT_DATA"] = str(experiment.data_dir)
     store = Store(job.store)
+    # Two comparisons of one name: the second waits for a cell, and then finds it done.
+    with store.claim("cells", {"folder": str(job.folder.resolve())}, job.name.replace("/", "-")):
+        _run(job, experiment, store, report)
+
+
+def _run(job: Job, experiment: Experiment, store: Store, report: Report) -> None:
     pending = [name for name in experiment.benchmarks if not evaluated(job, experiment, name)]
     trained = job.label == "base" or recorded(job, experiment)
     if not pending and trained:
         return
     spec = experiment.student if job.label == "base" or not trained else str(job.model_folder)
-    student = student_model(experiment, spec)
+    student = student_model(spec)
     if not trained:
         train(job, experiment, student, store, report)
     if os.environ.get("RANK", "0") != "0":
@@ -81,8 +86,7 @@ def run(job: Job, report: Report) -> None:
 
 def train(job: Job, experiment: Experiment, student: HFModel, store: Store, report: Report) -> None:
     """Run the method's stages and keep the student; a run that was cut goes on from its checkpoint."""
-    method = registry.build(job.label, experiment.methods[job.label])
-    training, budget = recipe(experiment, job.label)
+    method, training, budget = recipe(experiment, job.label)
     torch.manual_seed(job.seed)
     ledger = Ledger({str(quantity): cap for quantity, cap in budget.caps.items()})
     start = student.identity
@@ -94,6 +98,7 @@ def train(job: Job, experiment: Experiment, student: HFModel, store: Store, repo
         ledger,
         checkpoint=job.run_file.parent / "checkpoint.pt",
         report=report,
+        key=key(job, experiment),
     )
     lab = Workbench(
         student,
@@ -135,7 +140,7 @@ def train(job: Job, experiment: Experiment, student: HFModel, store: Store, repo
         "ledger": ledger.summary(),
     }
     write_json(job.run_file, record)
-    trainer.checkpoint.unlink(missing_ok=True)  # type: ignore[union-attr]
+    trainer.clear()
 
 
 def evaluate(
@@ -147,7 +152,7 @@ def evaluate(
     report: Report,
 ) -> None:
     """Score a student on one benchmark and write its samples."""
-    settings = benchmark(job, experiment, name)
+    settings = experiment.benchmarks[name]
     records = evaluation.evaluate(
         student,
         {name: settings},
@@ -164,18 +169,22 @@ def evaluate(
         )
 
 
-def recipe(experiment: Experiment, label: str) -> tuple[Training, Budget]:
-    """The suite's training and budget, or with `budget: paper` the method's own."""
+def recipe(experiment: Experiment, label: str) -> tuple[Method, Training, Budget]:
+    """The arm's method with the suite's training and budget, or with `budget: paper` at its paper's setting."""
+    given = experiment.methods[label]
     if isinstance(experiment.budget, Budget):
-        return experiment.training, experiment.budget
-    cls = registry.get(experiment.methods[label].get("method", label))
-    paper = registry.paper_recipe(cls)
+        return registry.build(label, given, experiment.name), experiment.training, experiment.budget
+    name = given.get("method", label)
+    paper = registry.paper_recipe(registry.get(name))
     if "budget" not in paper:
         raise ValueError(
-            f"methods.{label}: budget 'paper' needs a paper.yaml with a budget beside {cls.name}"
+            f"methods.{label}: budget 'paper' needs a paper.yaml with a budget beside {name}"
         )
+    method = registry.build(
+        label, {"method": name, **paper.get("fields", {}), **given}, experiment.name
+    )
     training = {**experiment.training.model_dump(), **paper.get("training", {})}
-    return Training.model_validate(training), Budget.model_validate(paper["budget"])
+    return method, Training.model_validate(training), Budget.model_validate(paper["budget"])
 
 
 def needs_teacher(objective: Any) -> bool:
@@ -183,8 +192,20 @@ def needs_teacher(objective: Any) -> bool:
     return any(part.needs_teacher for part in parts)
 
 
-def student_model(experiment: Experiment, spec: Any) -> HFModel:
-    model = models.load(spec, checkpoints=problems.checkpoints())
+def fingerprint(spec: Any) -> Any:
+    """What a model of the suite stands for: its name, and the files behind it where they are local."""
+    if isinstance(spec, Mapping) and "traces" in spec:
+        return hashlib.sha256(Path(spec["traces"]).read_bytes()).hexdigest()
+    name, path = models.find(spec, problems.checkpoints())
+    if name in problems.checkpoints():
+        return [name, problems.micro_version()]
+    files = sorted(file for file in path.glob("*") if file.is_file())
+    return [name, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
+
+
+def student_model(spec: Any) -> HFModel:
+    # fp32 weights: small updates would round away in bf16; Accelerate casts the products where that pays.
+    model = models.load(spec, checkpoints=problems.checkpoints(), dtype="fp32")
     if not isinstance(model, HFModel):
         raise ValueError(f"student: {spec!r} cannot be trained; give a Transformers model")
     return model
@@ -210,18 +231,12 @@ def training_problems(job: Job) -> list[Problem]:
     return [Problem(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def benchmark(job: Job, experiment: Experiment, name: str) -> Benchmark:
-    settings = experiment.benchmarks[name]
-    return settings if job.limit is None else settings.model_copy(update={"limit": job.limit})
-
-
 # -- what is done already -----------------------------------------------------------------------
 
 
 def key(job: Job, experiment: Experiment) -> str:
     """Digest of all that decides a trained student, but for the code."""
-    training, budget = recipe(experiment, job.label)
-    method = registry.build(job.label, experiment.methods[job.label])
+    method, training, budget = recipe(experiment, job.label)
     return short_digest(
         {
             "method": [method.name, method.model_dump(mode="json")],
@@ -229,8 +244,10 @@ def key(job: Job, experiment: Experiment) -> str:
             "training": training.model_dump(mode="json"),
             "budget": budget.model_dump(mode="json"),
             "sampling": experiment.sampling.model_dump(mode="json"),
-            "models": [experiment.student, experiment.teacher, experiment.models],
-            "checkpoints": problems.micro_version(),
+            "models": [
+                fingerprint(spec)
+                for spec in (experiment.student, experiment.teacher, *experiment.models.values())
+            ],
             "problems": digest((job.folder / "problems.jsonl").read_text(encoding="utf-8")),
         }
     )
@@ -250,9 +267,9 @@ def recorded(job: Job, experiment: Experiment) -> bool:
 
 
 def evaluation_key(job: Job, experiment: Experiment, name: str) -> str:
-    student = key(job, experiment) if job.label != "base" else digest(experiment.student)
-    settings = benchmark(job, experiment, name).model_dump(mode="json")
-    return short_digest([student, settings, evaluation.protocol_of(name)])
+    student = key(job, experiment) if job.label != "base" else fingerprint(experiment.student)
+    settings = experiment.benchmarks[name].model_dump(mode="json")
+    return short_digest([student, settings, evaluation.protocol_of(name), evaluation.engine(None)])
 
 
 def evaluated(job: Job, experiment: Experiment, name: str) -> bool:
@@ -267,13 +284,16 @@ def write_json(path: Path, data: Any) -> None:
     """All or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(data, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(data, indent=1, default=_plain) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
-def jobs(
-    experiment: Experiment, labels: Sequence[str], folder: Path, store: Path, limit: int | None
-) -> list[Job]:
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays in a method's notes; anything else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def jobs(experiment: Experiment, labels: Sequence[str], folder: Path, store: Path) -> list[Job]:
     """All cells, base first, then arm by arm."""
     data = experiment.model_dump(mode="json")
     cells = [("base", 0, experiment.data_seeds[0])]
@@ -283,4 +303,4 @@ def jobs(
         for data_seed in experiment.data_seeds
         for seed in range(experiment.seeds)
     ]
-    return [Job(data, *cell, folder, store, limit) for cell in cells]
+    return [Job(data, *cell, folder, store) for cell in cells]

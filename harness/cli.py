@@ -66,7 +66,8 @@ def compare(
         folder = results / summary["name"]
         report.terminal(summary)
         out.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-        out.print("Browse the runs in MLflow: retort ui", highlight=False)
+        other = "" if results == RESULTS else f" --results {results}"
+        out.print(f"Browse the runs in MLflow: retort ui{other}", highlight=False, soft_wrap=True)
 
 
 @app.command("eval")
@@ -142,11 +143,15 @@ def ui(
         str | None,
         typer.Option(help="Tracking store; default MLFLOW_TRACKING_URI or results/mlflow.db."),
     ] = None,
+    results: Results = RESULTS,
 ) -> None:
     """Start the MLflow UI and print its address."""
+    import os
+
     from harness import tracking
 
-    tracking.ui(uri, port)
+    local = f"sqlite:///{results / 'mlflow.db'}"
+    tracking.ui(uri or os.environ.get("MLFLOW_TRACKING_URI") or local, port)
 
 
 @app.command()

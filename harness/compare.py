@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -34,8 +38,10 @@ FREE_BYTES = 200 * 2**20  # a comparison wants at least this much disk
 def experiment(suite: str | Path | Experiment, overrides: Sequence[str] = ()) -> Experiment:
     """A suite by name, path or value, with overrides applied."""
     if isinstance(suite, Experiment):
+        if overrides:
+            raise ValueError("overrides apply to a suite by name or path, not to an Experiment")
         return suite
-    return load(find_suite(suite, [Path.cwd(), *problems.suite_folders()]), overrides)
+    return load(find_suite(suite, [*problems.suite_folders(), Path.cwd()]), overrides)
 
 
 def compare(
@@ -53,14 +59,18 @@ def compare(
     """Run a comparison and return its summary; what is done already is not done again."""
     setting = experiment(suite, overrides)
     labels = _labels(setting, methods)
-    if seeds is not None:
-        setting = Experiment.model_validate({**setting.model_dump(), "seeds": seeds})
+    setting = _smaller(setting, seeds, limit)
+    use_data(setting)
     check(setting, labels)
+    results = Path(results)
     folder = results / setting.name
     store = store or Path(os.environ.get("RETORT_STORE", results / "store"))
     _writable(folder, store)
     contamination = prepare(setting, folder)
-    jobs = cell.jobs(setting, labels, folder, store, limit)
+    jobs = cell.jobs(setting, labels, folder, store)
+    for job in jobs:
+        if job.label != "base":
+            cell.recorded(job, setting)  # refuses another configuration before anything runs
     with Display(len(jobs)) if not quiet else _Silent() as display:
         run(jobs, setting.workers, display)
     if os.environ.get("RANK", "0") != "0":
@@ -75,9 +85,7 @@ def compare(
 
 def check(setting: Experiment, labels: Sequence[str]) -> None:
     """Everything that can be wrong is found here, before compute is spent."""
-    arms = {label: registry.build(label, setting.methods[label], setting.name) for label in labels}
-    for label in labels:
-        cell.recipe(setting, label)
+    arms = {label: cell.recipe(setting, label)[0] for label in labels}
     for name, options in setting.problems.items():
         problems.check(name, **options)
     for name in setting.benchmarks:
@@ -100,6 +108,8 @@ def check(setting: Experiment, labels: Sequence[str]) -> None:
                     f"{', '.join(sorted(offers[who]))}: use a Transformers model as {who}, or a method that "
                     f"does without ({', '.join(able)})"
                 )
+    if any("teacher.logits" in arm.needs for arm in arms.values()):
+        models.check_vocabularies(setting.student, setting.teacher, checkpoints)
 
 
 def prepare(setting: Experiment, folder: Path) -> dict[str, Any]:
@@ -110,6 +120,9 @@ def prepare(setting: Experiment, folder: Path) -> dict[str, Any]:
         "problems": setting.problems,
         "rule": setting.contamination.rule,
         "benchmarks": sorted(setting.benchmarks),
+        "sources": {name: _source(name, options) for name, options in setting.problems.items()},
+        "micro_version": problems.micro_version(),
+        "data": os.environ.get("RETORT_DATA"),
     }
     if path.is_file() and record.is_file():
         kept = json.loads(record.read_text(encoding="utf-8"))
@@ -122,7 +135,7 @@ def prepare(setting: Experiment, folder: Path) -> dict[str, Any]:
     kept_problems, counts = problems.decontaminate(train, tests, rule=setting.contamination.rule)
     if not kept_problems:
         raise ValueError(f"no training problems are left of {len(train)}: contamination {counts}")
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     lines = [json.dumps(asdict(problem)) for problem in kept_problems]
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -164,8 +177,9 @@ def run(jobs: Sequence[Job], workers: int, display: Any) -> None:
                     ) from None
                 display.finish(job.name)
     except BaseException:
+        processes = list(pool._processes.values())  # shutdown forgets them
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((pool._processes or {}).values()):
+        for process in processes:
             process.terminate()
         raise
     finally:
@@ -177,6 +191,8 @@ def run(jobs: Sequence[Job], workers: int, display: Any) -> None:
 def _start_worker(queue: Any) -> None:
     global _SEND
     _SEND = queue.put
+    if sys.platform == "linux":  # a worker does not outlive a parent that was killed
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _work(job: Job) -> None:
@@ -186,7 +202,8 @@ def _work(job: Job) -> None:
 def _pump(queue: Any, display: Any) -> None:
     event: Event | None
     while (event := queue.get()) is not None:
-        display(*event)
+        with suppress(Exception):  # a display that fails must not leave workers before a full pipe
+            display(*event)
 
 
 class _Silent:
@@ -263,6 +280,30 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "version": metadata.version("retort"),
     }
+
+
+def use_data(setting: Experiment) -> None:
+    """A suite's `data_dir` stands for RETORT_DATA, here and in the workers."""
+    if setting.data_dir is not None:
+        os.environ["RETORT_DATA"] = str(setting.data_dir)
+
+
+def _smaller(setting: Experiment, seeds: int | None, limit: int | None) -> Experiment:
+    """The suite under --seeds and --limit, as if it said so itself."""
+    data = setting.model_dump()
+    data["seeds"] = seeds or setting.seeds
+    if limit is not None:
+        for options in data["benchmarks"].values():
+            options["limit"] = min(limit, options["limit"] or limit)
+    return Experiment.model_validate(data)
+
+
+def _source(name: str, options: Mapping[str, Any]) -> str:
+    """What decides the rows of a training set: a file's bytes, or a generated set's version."""
+    path = Path(options.get("path", name))
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return name
 
 
 def _commit() -> str | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -82,7 +83,7 @@ class Budget(Frozen):
     steps: int | None = Field(None, gt=0)
     trained_tokens: int | None = Field(None, gt=0)
     flops: float | None = Field(None, gt=0)
-    caps: dict[Quantity, int] = {}
+    caps: dict[Quantity, Annotated[int, Field(ge=0)]] = {}
 
     @model_validator(mode="after")
     def _one_measure(self) -> Budget:
@@ -151,18 +152,48 @@ class Experiment(Frozen):
         for key in ("problems", "benchmarks"):
             if isinstance(data.get(key), str):
                 data[key] = [data[key]]
+        for key in ("problems", "benchmarks", "methods"):
             if isinstance(data.get(key), list):
+                for item in data[key]:
+                    if not isinstance(item, str):
+                        raise ValueError(
+                            f"{key}: a list holds names only, got {item!r}; with options write a mapping, "
+                            f"{key}: {{NAME: {{…}}}}"
+                        )
                 data[key] = {name: {} for name in data[key]}
             if isinstance(data.get(key), Mapping):
                 data[key] = {k: {} if v is None else v for k, v in data[key].items()}
-        if isinstance(data.get("methods"), list):
-            data["methods"] = {name: {} for name in data["methods"]}
-        if isinstance(data.get("methods"), Mapping):
-            data["methods"] = {k: {} if v is None else v for k, v in data["methods"].items()}
         return data
 
     @model_validator(mode="after")
     def _labels(self) -> Experiment:
+        for label, fields in self.methods.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", label):
+                raise ValueError(
+                    f"methods: the label {label!r} must be letters, digits and . _ + -"
+                )
+            if not isinstance(fields.get("method", ""), str):
+                raise ValueError(
+                    f"methods.{label}.method: a method's name, got {fields['method']!r}"
+                )
+        for name, options in self.problems.items():
+            if not isinstance(options.get("n", 1), int) or options.get("n", 1) < 1:
+                raise ValueError(
+                    f"problems.{name}.n: a number of problems above 0, got {options['n']!r}"
+                )
+            if not isinstance(options.get("levels", []), list):
+                raise ValueError(f"problems.{name}.levels: a list, got {options['levels']!r}")
+        for who, spec in {"student": self.student, "teacher": self.teacher}.items():
+            if isinstance(spec, dict) and not {"model", "traces"} & set(spec):
+                raise ValueError(
+                    f"{who}: a name, {{model: …}} or {{traces: file.jsonl}}, got {spec!r}"
+                )
+            if isinstance(spec, dict) and not all(
+                isinstance(v, (str, dict)) for v in spec.values()
+            ):
+                raise ValueError(f"{who}: model and traces are text, got {spec!r}")
+        if len(set(self.data_seeds)) < len(self.data_seeds):
+            raise ValueError(f"data_seeds: each once, got {self.data_seeds}")
         if "base" in self.methods:
             raise ValueError("the label 'base' is taken by the untrained student: choose another")
         if self.reference not in self.methods and self.reference != "base":
@@ -174,7 +205,7 @@ class Experiment(Frozen):
 
     @property
     def hash(self) -> str:
-        """Digest of everything that decides the results; the name, workers and threads do not."""
+        """Digest of everything that decides the results, threads among them; name and workers do not."""
         data = self.model_dump(mode="json", exclude={"name", "workers", "data_dir", "sweep"})
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -265,7 +296,10 @@ def _override(data: dict[str, Any], override: str) -> None:
         if not isinstance(node[parent], dict):
             raise ValueError(f"--set {override!r}: {'.'.join(parents[: index + 1])} holds a value")
         node = node[parent]
-    node[last] = yaml.safe_load(value)
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {override!r}: {value!r} is not valid YAML") from None
 
 
 def _keys(model: type[BaseModel], path: Sequence[str]) -> Iterable[str]:

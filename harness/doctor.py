@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from harness import evaluation, models, problems, registry
-from harness.compare import check, experiment
+from harness.compare import check, experiment, use_data
 from harness.config import Experiment
 from harness.models.hf import HFModel
 from harness.types import LanguageModel, Problem
@@ -29,6 +29,7 @@ class Finding(NamedTuple):
 def examine(suite: str, overrides: Sequence[str] = ()) -> list[Finding]:
     """All findings, in the order in which a run would meet them."""
     setting = experiment(suite, overrides)
+    use_data(setting)
     try:
         check(setting, list(setting.methods))
     except ValueError as error:

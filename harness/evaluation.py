@@ -597,7 +597,7 @@ def protocol(benchmarks: Mapping[str, Any], model: Any = None) -> dict[str, Any]
             name: {"sampling": asdict(Setting.of(name, given)), **protocol_of(name)}
             for name, given in benchmarks.items()
         },
-        "engine": _engine(model),
+        "engine": engine(model),
     }
     return {**found, "hash": protocol_hash(found)}
 
@@ -607,7 +607,7 @@ def protocol_hash(protocol: Mapping[str, Any]) -> str:
     return short_digest({key: value for key, value in protocol.items() if key != "hash"})
 
 
-def _engine(model: Any) -> dict[str, str]:
+def engine(model: Any) -> dict[str, str]:
     """What computes; a name or a folder is computed by Transformers."""
     backend = type(model).__module__ if hasattr(model, "generate") else "harness.models.hf"
     packages = {

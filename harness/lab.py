@@ -144,17 +144,22 @@ class Workbench:
 
         def make(problems: Sequence[Problem]) -> list[Example]:
             live = [problem for problem in problems if weight[problem.id] != 0]
-            requests = [Request(self.prompt(problem), problem) for problem in live]
-            traces = (
-                self.samples(self.student, 1, requests=requests, on_policy=True) if live else []
+            # A problem that is drawn twice gets two responses: samples of one request, not one seed twice.
+            unique = {problem.id: problem for problem in live}
+            repeats = max(Counter(problem.id for problem in live).values(), default=0)
+            requests = [Request(self.prompt(problem), problem) for problem in unique.values()]
+            drawn = (
+                self.samples(self.student, repeats, requests=requests, on_policy=True)
+                if live
+                else []
             )
-            written = iter(traces)
+            written = {name: iter(group) for name, group in zip(unique, drawn, strict=True)}
             examples = []
             for problem in problems:
                 if weight[problem.id] == 0:
                     examples.append(Example.zero(problem))
-                else:
-                    examples.extend(self.example(t, weight[problem.id]) for t in next(written))
+                elif (trace := next(written[problem.id], None)) is not None:
+                    examples.append(self.example(trace, weight[problem.id]))
             return examples
 
         return make
@@ -272,7 +277,9 @@ class Workbench:
             for key, verdict in zip(todo, fresh, strict=True)
         }
         if made and _costly(items):
-            self._store.put("verdicts", group, made)
+            # A timeout or a dead worker says something of the machine: it is not kept.
+            lasting = {k: v for k, v in made.items() if v["status"] in ("ok", "wrong", "unparsed")}
+            self._store.put("verdicts", group, lasting)
         for key in keys:
             self._ledger.charge("verifier_calls", 1, key)
         self._ledger.spend("verifier_calls", len(todo))

@@ -88,7 +88,11 @@ class Trace:
 
     @property
     def correct(self) -> bool:
-        return self.verdict is not None and self.verdict.correct
+        if self.verdict is None:
+            raise ValueError(
+                "this trace was not judged: call lab.verify(trace.problem, trace.text)"
+            )
+        return self.verdict.correct
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +288,7 @@ class Lab(Protocol):
         """Verified traces, n for each problem (or request), in their order.
 
         Sampling settings default to the suite's. They come from the store where it has them; `on_policy` samples are
-        seeded by the training seed and step, and are not stored.
+        seeded by the training seed and step, and are neither stored nor judged.
         """
         ...
 

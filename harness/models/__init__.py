@@ -86,6 +86,19 @@ def capabilities(
     return frozenset(("generate", "score", "logits"))
 
 
+def check_vocabularies(student: Any, teacher: Any, known: Mapping[str, Path]) -> None:
+    """`check_pair`, from the tokenizers alone, before any weights are loaded."""
+    from transformers import AutoTokenizer
+
+    names = [find(spec, known) for spec in (student, teacher)]
+    ours, theirs = (
+        AutoTokenizer.from_pretrained(path if path.is_dir() else name).get_vocab()
+        for name, path in names
+    )
+    if ours != theirs:
+        raise ValueError(mismatch(names[0][0], len(ours), names[1][0], len(theirs)))
+
+
 def not_found(name: str, known: Mapping[str, Path], reason: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1)
     guess = f"; did you mean {close[0]!r}?" if close else ""
@@ -107,8 +120,14 @@ def check_pair(student: LanguageModel, teacher: LanguageModel) -> None:
         )
     if student.vocabulary_digest != teacher.vocabulary_digest:
         raise ValueError(
-            f"{student.name} ({student.vocabulary} tokens) and {teacher.name} ({teacher.vocabulary} tokens) have "
-            "different tokenizers, so their distributions cannot be compared token by token. Heads padded to different "
-            "sizes are fine, since logits are cut to the tokenizer; for other tokenizers use a method that trains on "
-            "text alone (sft, limo, heal)"
+            mismatch(student.name, student.vocabulary, teacher.name, teacher.vocabulary)
         )
+
+
+def mismatch(student: str, ours: int, teacher: str, theirs: int) -> str:
+    return (
+        f"{student} ({ours} tokens) and {teacher} ({theirs} tokens) have "
+        "different tokenizers, so their distributions cannot be compared token by token. Heads padded to different "
+        "sizes are fine, since logits are cut to the tokenizer; for other tokenizers use a method that trains on "
+        "text alone (sft, limo, heal)"
+    )

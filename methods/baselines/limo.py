@@ -28,9 +28,11 @@ WORDS: dict[str, tuple[str, ...]] = {  # sec. 3.1.2; the paper introduces the li
 
 @method("limo", paper="arXiv:2502.03387")
 class LIMO(Method):
-    weak_k: int = 4  # student attempts; one success drops the problem (sec. 3.1.1)
+    weak_k: int = search(
+        4, 1, 8, le=1024
+    )  # student attempts; one success drops the problem (sec. 3.1.1)
     weak_max: int = search(0, 0, 3, le=1024)  # student successes that a problem may have
-    strong_k: int = 32  # teacher attempts (sec. 3.1.1)
+    strong_k: int = search(32, 4, 64, ge=1, le=1024)  # teacher attempts (sec. 3.1.1)
     strong_min: int = search(1, 1, 4, ge=0, le=1024)  # least teacher successes
     strong_max: int = search(3, 1, 32, le=1024)  # most teacher successes
     weights: tuple[float, float, float, float] = (0.30, 0.20, 0.25, 0.25)  # of f1..f4

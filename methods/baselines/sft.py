@@ -14,6 +14,7 @@ from harness.config import search
 from harness.objectives import nll
 from harness.registry import Method, method
 from harness.types import Example, Lab, OffPolicy, Stage, Trace
+from harness.verifiers import opens_think
 
 
 @method("sft", paper="arXiv:2501.12948")
@@ -46,6 +47,7 @@ class SFT(Method):
         seen: set[str] = set()
         examples: list[Example] = []
         rng = lab.rng("sft: choose")
+        opened = opens_think(lab.teacher)  # then a response only closes its think
         for problem, traces in zip(
             lab.problems, lab.samples(lab.teacher, self.samples), strict=True
         ):
@@ -54,7 +56,7 @@ class SFT(Method):
                 counts["duplicate problem"] += 1
                 continue
             seen.add(text)
-            reasons = [rejection(trace) for trace in traces]
+            reasons = [rejection(trace, opened) for trace in traces]
             good = [t for t, reason in zip(traces, reasons, strict=True) if reason is None]
             counts.update(reason for reason in reasons if reason)
             if good and not self.min_pass <= len(good) / len(traces) <= self.max_pass:
@@ -78,11 +80,12 @@ class SFT(Method):
         return Example(example.problem, (first,), (*rest, *example.response))
 
 
-def rejection(trace: Trace) -> str | None:
-    """Why a teacher's trace is not trained on; None if it is (open-r1's flags; specs: reading)."""
+def rejection(trace: Trace, template_opens: bool = False) -> str | None:
+    """Why a teacher's trace is not trained on; None if it is (after open-r1's flags; our reading)."""
     if not trace.finished:
         return "truncated"
-    if (opened := trace.text.count("<think>")) != trace.text.count("</think>"):
+    opened = trace.text.count("<think>") + template_opens
+    if opened != trace.text.count("</think>"):
         return "think not closed" if opened else "think not opened"
     if opened > 1:
         return "more than one think"
