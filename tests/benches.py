@@ -55,7 +55,7 @@ class Refusing:
     """A model that does only what a method declared that it needs of it, and knows its own name."""
 
     ALWAYS = frozenset({"name", "identity", "encode", "tokenize", "decode", "capabilities"})
-    ALWAYS |= {"vocabulary", "vocabulary_digest", "num_parameters", "model"}
+    ALWAYS |= {"version", "vocabulary", "vocabulary_digest", "num_parameters", "model"}
     OF: ClassVar = {
         "generate": {"generate", "plan", "generate_block"},
         "score": {"score"},

@@ -190,9 +190,8 @@ def _histograms(comparison: Comparison, label: str, style: Style) -> list[Markup
 def terminal(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the result, the leaderboards and the verdicts, in at most 100 columns."""
     comparison = Comparison(summary)
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=COLUMNS)
+    if console is None:
+        console = Console() if Console().is_terminal else Console(width=COLUMNS)
     width = min(console.width, COLUMNS)
     console.print(Text(reading.headline(comparison), style="bold"), width=width)
     for benchmark in comparison.benchmarks:
