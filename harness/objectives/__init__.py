@@ -16,6 +16,7 @@ N loss tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,7 @@ class NegativeLogLikelihood:
         return loss, gradient.scatter_add_(-1, target, gradient.new_full(target.shape, -1.0))
 
 
-class Divergence:
+class Divergence(ABC):
     """A distance between the teacher's and the student's next-token distributions.
 
     A subclass gives `value`, the equation, and `slope`, its closed-form gradient with respect to the student's
@@ -91,11 +92,11 @@ class Divergence:
     def needs_teacher(self) -> bool:
         return True
 
-    def value(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def value(self, teacher_logp: Tensor, student_logp: Tensor) -> Tensor: ...
 
-    def slope(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def slope(self, teacher_logp: Tensor, student_logp: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def __call__(self, student: Tensor, teacher: Tensor | None, tokens: Tokens) -> Tensor:
         assert teacher is not None, "a divergence compares with a teacher's logits"

@@ -116,10 +116,12 @@ def test_more_test_problems_reuse_what_is_there(whole: tuple[Path, dict[str, Any
 
 
 def test_another_configuration_under_the_same_name_is_refused(
-    whole: tuple[Path, dict[str, Any]],
+    whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before anything runs."""
     folder, _ = whole
     path = suite(folder, training={"batch_size": 4})
+    monkeypatch.setattr("harness.compare.run", lambda *given: pytest.fail("it ran"))
     with pytest.raises(ValueError, match=r"another configuration.*--set name="):
         compare(path, results=folder / "results", quiet=True, track=False)
 

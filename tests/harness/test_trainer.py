@@ -106,6 +106,8 @@ def test_denominators_by_hand() -> None:
     assert denominator(replace(stage, mean="sequence"), step) == 3  # the zero counts
     assert denominator(replace(stage, normalise="step"), step) == 3 * 4 + 1 * 6
     assert denominator(replace(stage, mean="sum", normalise="step"), step) == 4.0
+    signed = [example("a", 2, 4, weight=3.0), example("b", 2, 4, weight=-0.5)]
+    assert denominator(replace(stage, mean="sequence", normalise="step"), signed) == 2.5
     with pytest.raises(ValueError, match="positive sum of weights"):
         denominator(replace(stage, normalise="step"), [example("a", 2, 4, weight=-1.0)])
 
