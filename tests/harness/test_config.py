@@ -49,6 +49,14 @@ def test_short_forms_and_overrides(suite: Path) -> None:
         ("benchmarks.micro_math.n=4", ["greedy", "temperature"]),
         ("reference=stf", ["'stf'", "sft"]),
         ("methods.base={}", ["'base'", "untrained"]),
+        ("methods.a/b={}", ["'a/b'", "letters"]),
+        ("methods.a.method=5", ["methods.a.method", "got 5"]),
+        ("methods=[sft, {paced: {}}]", ["a list holds names only", "paced"]),
+        ("problems.micro_math.n=abc", ["problems.micro_math.n", "'abc'"]),
+        ("problems.micro_math.levels=3", ["problems.micro_math.levels", "got 3"]),
+        ("teacher={modle: x}", ["teacher", "{traces: file.jsonl}"]),
+        ("data_seeds=[0, 0]", ["data_seeds", "each once"]),
+        ("budget.caps={teacher_scored: -1}", ["teacher_scored", "greater than or equal to 0"]),
     ],
 )
 def test_a_mistake_is_named(suite: Path, override: str, words: list[str]) -> None:
@@ -57,6 +65,11 @@ def test_a_mistake_is_named(suite: Path, override: str, words: list[str]) -> Non
     assert str(suite) in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_an_override_that_is_no_yaml_is_named(suite: Path) -> None:
+    with pytest.raises(ValueError, match=r"--set 'name=\['.*not valid YAML"):
+        config.load(suite, ["name=["])
 
 
 def test_broken_yaml_names_the_line(tmp_path: Path) -> None:

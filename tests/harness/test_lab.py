@@ -124,6 +124,21 @@ def test_a_cap_cuts_in_order_whatever_is_cached(tmp_path: Path, warm: bool) -> N
     assert len(sizes) < len(flat)
 
 
+def test_a_problem_drawn_twice_is_answered_twice(tmp_path: Path) -> None:
+    bench = lab(tmp_path, counting())
+    one, two, three = PROBLEMS
+    made = bench.rollouts([1.0, 2.0, 0.0])([one, two, one, three])
+    assert [(e.problem, e.weight) for e in made] == [("p", 1), ("qq", 2), ("p", 1), ("rrr", 0)]
+    assert made[0].response != made[2].response and made[3].response == ()
+
+
+def test_an_unjudged_trace_does_not_pass_for_a_wrong_one(tmp_path: Path) -> None:
+    bench = lab(tmp_path, counting())
+    ((trace,), *_) = bench.samples(bench.student, 1, on_policy=True)
+    with pytest.raises(ValueError, match="was not judged"):
+        _ = trace.correct
+
+
 def test_pass_rates_by_hand() -> None:
     bench = scripted({"a": [RIGHT, WRONG, WRONG, RIGHT], "b": [WRONG] * 4, "c": [RIGHT] * 4})
     assert bench.pass_rates(bench.teacher, 4) == pytest.approx([0.5, 0.0, 1.0])
@@ -178,6 +193,21 @@ def test_randomness_is_a_function_of_seed_and_purpose() -> None:
     assert np.array_equal(draw, scripted({"a": []}).rng("order").random(3))
     assert not np.array_equal(draw, one.rng("other").random(3))
     assert not np.array_equal(draw, two.rng("order").random(3))
+
+
+def test_a_timeout_is_of_the_machine_and_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness import verifiers
+    from harness.types import Verdict
+
+    problem = Problem("m", "m", "1/2", verifier="math", source="x")
+    bench = lab(tmp_path, counting())
+    text = r"<think></think>\boxed{0.5}"
+    with monkeypatch.context() as slow:
+        slow.setattr(verifiers, "verify_many", lambda items, **_: [Verdict("timeout")] * len(items))
+        assert bench.verify(problem, text).status == "timeout"
+    assert bench.verify(problem, text).status == "ok"
 
 
 def test_verdicts_of_costly_verifiers_are_kept(tmp_path: Path) -> None:

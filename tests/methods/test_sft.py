@@ -54,6 +54,14 @@ def test_each_rejection_has_its_reason() -> None:
     assert counts["kept"] == 1 and counts["truncated"] == 1 and counts["wrong"] == 1
 
 
+def test_a_template_that_opens_the_think_leaves_it_to_be_closed() -> None:
+    lab = scripted({"p": ["1</think>7", RIGHT]})
+    ((closed, both),) = lab.samples(lab.teacher, 2)
+    assert rejection(closed) == "think not opened"
+    assert rejection(closed, template_opens=True) is None
+    assert rejection(both, template_opens=True) == "think not closed"
+
+
 def test_first_goes_by_the_sample_index_and_shortest_by_length() -> None:
     table = {"p": [WRONG, LONG, RIGHT], "q": [RIGHT, LONG, WRONG]}
     lab = scripted(table)
