@@ -23,11 +23,13 @@ from harness.types import (
     Problem,
     Request,
     Sampling,
+    Scores,
     Trace,
     Verdict,
 )
 
 Report = Callable[[str, int, int], None]  # phase, done, total
+SCORED = 2048  # responses scored between two writes to the store
 
 
 class Workbench:
@@ -74,6 +76,7 @@ class Workbench:
         *,
         requests: Sequence[Request] | None = None,
         on_policy: bool = False,
+        purpose: str = "samples",
         **sampling: Any,
     ) -> list[list[Trace]]:
         if requests is None:
@@ -85,7 +88,7 @@ class Workbench:
         if on_policy:
             traces = model.generate(requests, settings)
             self._spend(column, model, [t for group in traces for t in group])
-            return self._charged(column, model, traces, None)
+            return self._charged(column, model, traces, None, purpose)
         keys = [sample_keys(model, request, n) for request in requests]
         group = sample_group(model, settings)
         rows = self._stored(model, requests, settings, group, keys, column)
@@ -100,7 +103,48 @@ class Workbench:
         name = digest(group)
         paid = [[name + key for key in mine] for mine in keys]
         opened = verifiers.opens_think(model)
-        return self._verified(self._charged(column, model, traces, paid), opened)
+        return self._verified(self._charged(column, model, traces, paid, purpose), opened)
+
+    def scores(
+        self,
+        model: LanguageModel,
+        pairs: Sequence[tuple[Ids, Ids]],
+        *,
+        purpose: str = "scoring",
+    ) -> list[Scores | None]:
+        group, column = {"model": model.identity}, "teacher_scored"
+        name = digest(group)
+        student, parameters = self._is_student(model), getattr(model, "num_parameters", 0)
+        keys = [digest([prompt, response]) for prompt, response in pairs]
+        wanted: dict[str, tuple[Ids, Ids]] = {}
+        for key, (prompt, response) in zip(keys, pairs, strict=True):
+            if not student and self._ledger.left(column) <= 0:
+                self.note(f"cut by the cap on {column}", True)
+                break
+            tokens = len(prompt) + len(response)
+            if not student:  # the ledger has no column for what the student scores, but its FLOPs
+                self._ledger.charge(column, tokens, name + key, purpose)
+            self._ledger.charge("flops", forward_flops(parameters, tokens), name + key)
+            wanted[key] = (prompt, response)
+        # Like lengths together; which pairs share a block is a function of the call alone.
+        order = sorted(wanted, key=lambda key: (sum(map(len, wanted[key])), key))
+        blocks = [order[i : i + SCORED] for i in range(0, len(order), SCORED)]
+
+        def make(block: int) -> list[dict[str, Any]]:
+            mine = [wanted[key] for key in blocks[block]]
+            tokens = sum(len(prompt) + len(response) for prompt, response in mine)
+            if not student:
+                self._ledger.spend(column, tokens)
+            self._ledger.spend("flops", forward_flops(parameters, tokens))
+            return [
+                {"logprobs": list(s.logprobs), "entropies": list(s.entropies)}
+                for s in model.score(mine)
+            ]
+
+        rows = self._store.get("scores", group, wanted)
+        self._fill("scores", group, rows, blocks, set(wanted), make, f"{purpose}: scores")
+        found = {k: Scores(tuple(r["logprobs"]), tuple(r["entropies"])) for k, r in rows.items()}
+        return [found.get(key) for key in keys]
 
     def verify(self, problem: Problem, text: str) -> Verdict:
         return self._judge([(problem, text, True)])[0]
@@ -205,30 +249,46 @@ class Workbench:
         # A block may hold samples beyond n: they are kept, for when n is raised.
         starts = [mine[0].rpartition("-")[0] for mine in keys]
         wanted = [[f"{starts[place]}-{sample}" for place, sample in b.pairs] for b in blocks]
-        needed = {key for mine in keys for key in mine if key not in rows}
-        missing = [b for b, mine in enumerate(wanted) if not needed.isdisjoint(mine)]
+
+        def make(block: int) -> list[dict[str, Any]]:
+            traces = model.generate_block(blocks[block])  # type: ignore[attr-defined]
+            self._spend(column, model, traces)
+            return [_row(trace) for trace in traces]
+
+        needed = {key for mine in keys for key in mine}
         phase = f"{column.split('_')[0]} samples"
+        self._fill("samples", group, rows, wanted, needed, make, phase)
+        return rows
+
+    def _fill(
+        self,
+        kind: str,
+        group: Mapping[str, Any],
+        rows: dict[str, dict[str, Any]],
+        blocks: Sequence[Sequence[str]],
+        needed: set[str],
+        make: Callable[[int], Sequence[dict[str, Any]]],
+        phase: str,
+    ) -> None:
+        """Make the blocks of keys that lack a needed row, each by one process, and keep them."""
+        lacking = needed.difference(rows)
+        missing = [b for b, mine in enumerate(blocks) if not lacking.isdisjoint(mine)]
         for wait in (False, True):  # first what nobody is at, then wait for the others
             for b in list(missing):
                 self._report(phase, len(blocks) - len(missing), len(blocks))
-                mine = wanted[b]
-                with self._store.claim("samples", group, digest(mine)[:16], wait=wait) as claimed:
+                mine = blocks[b]
+                with self._store.claim(kind, group, digest(mine)[:16], wait=wait) as claimed:
                     if not claimed:
                         continue
-                    new = self._store.get("samples", group, mine)
+                    new = self._store.get(kind, group, mine)
                     if len(new) < len(set(mine)):
-                        traces = model.generate_block(blocks[b])  # type: ignore[attr-defined]
-                        made = {
-                            k: _row(t) for k, t in zip(mine, traces, strict=True) if k not in new
-                        }
-                        self._store.put("samples", group, made)
-                        self._spend(column, model, traces)
+                        made = {k: r for k, r in zip(mine, make(b), strict=True) if k not in new}
+                        self._store.put(kind, group, made)
                         new = {**made, **new}
                 rows.update(new)
                 missing.remove(b)
         if blocks:
             self._report(phase, len(blocks), len(blocks))
-        return rows
 
     def _spend(self, column: str, model: LanguageModel, traces: Sequence[Trace]) -> None:
         tokens = sum(len(trace.tokens) - trace.prefix for trace in traces)
@@ -241,6 +301,7 @@ class Workbench:
         model: LanguageModel,
         traces: list[list[Trace]],
         keys: Sequence[Sequence[str]] | None,
+        purpose: str,
     ) -> list[list[Trace]]:
         """Charge each trace once, in order; what a cap no longer allows is not handed out."""
         allowed: list[list[Trace]] = []
@@ -253,7 +314,7 @@ class Workbench:
                     break
                 tokens = len(trace.tokens) - trace.prefix
                 key = None if keys is None else keys[position][index]
-                self._ledger.charge(column, tokens, key)
+                self._ledger.charge(column, tokens, key, purpose)
                 self._ledger.charge("flops", forward_flops(parameters, tokens), key)
                 allowed[-1].append(trace)
         return allowed

@@ -2,6 +2,7 @@
 
 *charged* is what a method would cost alone; *spent* is what was done, after sharing through the store.
 Caps look at *charged* only, so neither order nor sharing can change a result.
+*purposes* says what charges were for, where that was told; the rest of a quantity has no purpose.
 """
 
 from __future__ import annotations
@@ -49,10 +50,13 @@ class Ledger:
             )
         self.charged: dict[str, float] = dict.fromkeys(QUANTITIES, 0)
         self.spent: dict[str, float] = dict.fromkeys(QUANTITIES, 0)
+        self.purposes: dict[str, dict[str, float]] = {}  # of charged: quantity -> purpose -> amount
         self._paid: set[bytes] = set()
         self._timing = False
 
-    def charge(self, quantity: str, amount: float, key: str | None = None) -> None:
+    def charge(
+        self, quantity: str, amount: float, key: str | None = None, purpose: str | None = None
+    ) -> None:
         """Count what the method would cost alone; what has a key (a sample's, a score's) is paid for once."""
         amount = _plain(quantity, amount)
         if key is not None:
@@ -61,6 +65,8 @@ class Ledger:
                 return
             self._paid.add(mark)
         self.charged[quantity] += amount
+        if purpose is not None and amount:
+            _add(self.purposes, quantity, purpose, amount)
 
     def spend(self, quantity: str, amount: float) -> None:
         """Count what was really done."""
@@ -90,9 +96,10 @@ class Ledger:
         """The first of these quantities (by default of all) of which nothing is left."""
         return next((name for name in quantities or QUANTITIES if self.left(name) <= 0), None)
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Both columns, for reports."""
-        return {"charged": dict(self.charged), "spent": dict(self.spent)}
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Both columns and the purposes, for reports."""
+        purposes = {quantity: dict(amounts) for quantity, amounts in self.purposes.items()}
+        return {"charged": dict(self.charged), "spent": dict(self.spent), "purposes": purposes}
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for an exact resume."""
@@ -111,19 +118,28 @@ class Ledger:
         fresh = Ledger(data.get("caps"))
         for column, stored in (("charged", fresh.charged), ("spent", fresh.spent)):
             stored.update({_known(quantity): amount for quantity, amount in data[column].items()})
+        purposes = data.get("purposes", {})
         paid = base64.b64decode(data.get("paid", ""))
         self.caps, self.charged, self.spent = fresh.caps, fresh.charged, fresh.spent
+        self.purposes = {_known(quantity): dict(purposes[quantity]) for quantity in purposes}
         self._paid = {paid[i : i + _MARK] for i in range(0, len(paid), _MARK)}
 
 
 def total(ledgers: Iterable[Ledger]) -> Ledger:
-    """Both columns summed over cells; each cell's charges stand, as it would have paid them alone."""
+    """All summed over cells; each cell's charges stand, as it would have paid them alone."""
     result = Ledger()
     for ledger in ledgers:
         for quantity in QUANTITIES:
             result.charged[quantity] += ledger.charged[quantity]
             result.spent[quantity] += ledger.spent[quantity]
+            for purpose, amount in ledger.purposes.get(quantity, {}).items():
+                _add(result.purposes, quantity, purpose, amount)
     return result
+
+
+def _add(purposes: dict[str, dict[str, float]], quantity: str, purpose: str, amount: float) -> None:
+    amounts = purposes.setdefault(quantity, {})
+    amounts[purpose] = amounts.get(purpose, 0) + amount
 
 
 def _plain(quantity: str, amount: float) -> float:

@@ -21,7 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from harness.config import Frozen, explain, nearest
-from harness.types import Lab, Stage
+from harness.types import Lab, Measure, Stage
 
 GROUPS = ("retort.methods", "retort.problems")
 FALLBACK = {"retort.methods": "methods", "retort.problems": "benchmarks"}  # a checkout on the path
@@ -38,7 +38,7 @@ class Method(Frozen, ABC):
     def stages(self, lab: Lab) -> Iterator[Stage]:
         """The paper's algorithm; the trainer trains the student at each yield."""
 
-    def mechanisms(self, lab: Lab) -> Mapping[str, float]:
+    def mechanisms(self, lab: Lab) -> Mapping[str, Measure | float]:
         """What the method's scorecard shows; nothing by default."""
         return {}
 

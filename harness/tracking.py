@@ -217,7 +217,7 @@ class _Mirror:
             if quantity in cell
         }
         for column, amounts in run.get("ledger", {}).items():
-            found |= {f"{column}/{quantity}": float(value) for quantity, value in amounts.items()}
+            found |= {f"{column}/{name}": float(value) for name, value in _flat(amounts)}
         return found
 
     def _tag(self, run: str, old: Row, new: Mapping[str, str]) -> None:

@@ -212,7 +212,8 @@ class Trainer:
             flops += forward_flops(getattr(teacher(), "num_parameters", 0), scored)
         costs = {"trained": tokens, "steps": 1, "teacher_scored": scored, "flops": flops}
         for quantity, amount in costs.items():
-            self.ledger.charge(quantity, amount)
+            purpose = "training" if quantity == "teacher_scored" else None
+            self.ledger.charge(quantity, amount, purpose=purpose)
             self.ledger.spend(quantity, amount)
         self.state.curve.append(
             {

@@ -242,6 +242,18 @@ class Oracle(Protocol):
     def first_invalid(
         self, problem: Problem, text: str
     ) -> int | None: ...  # index of the first wrong line
+    def sound(
+        self, problem: Problem, text: str
+    ) -> bool: ...  # every line is right and none is missing
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One line of a method's scorecard: single cases, of which the bench makes a mean (or an AUC) and its interval."""
+
+    values: Sequence[float]  # one a case; with labels: scores, higher for True
+    problems: Sequence[str]  # the problem of each case: cases of one problem are not independent
+    labels: Sequence[bool] | None = None  # what the values should tell: the AUC is reported
 
 
 class ProblemSet(Protocol):
@@ -283,13 +295,20 @@ class Lab(Protocol):
         *,
         requests: Sequence[Request] | None = None,
         on_policy: bool = False,
+        purpose: str = "samples",
         **sampling: Any,
     ) -> list[list[Trace]]:
         """Verified traces, n for each problem (or request), in their order.
 
         Sampling settings default to the suite's. They come from the store where it has them; `on_policy` samples are
-        seeded by the training seed and step, and are neither stored nor judged.
+        seeded by the training seed and step, and are neither stored nor judged. The ledger tells costs by `purpose`.
         """
+        ...
+
+    def scores(
+        self, model: LanguageModel, pairs: Sequence[tuple[Ids, Ids]], *, purpose: str = "scoring"
+    ) -> list[Scores | None]:
+        """A model's view of each (prompt, response), out of the store where it has it; None beyond a cap on scored tokens."""
         ...
 
     def verify(self, problem: Problem, text: str) -> Verdict: ...

@@ -231,3 +231,8 @@ class CodeOracle:
         """Index of the first wrong line; None if every line is right."""
         valid = self.valid_steps(problem, text)
         return valid.index(False) if False in valid else None
+
+    def sound(self, problem: Problem, text: str) -> bool:
+        """Whether the statements are all valid and as many as the pipeline has operations."""
+        valid = self.valid_steps(problem, text)
+        return all(valid) and len(valid) == len(pipeline(problem.prompt))

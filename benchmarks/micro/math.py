@@ -227,3 +227,8 @@ class MathOracle:
         """Index of the first wrong line; None if every line is right."""
         valid = self.valid_steps(problem, text)
         return valid.index(False) if False in valid else None
+
+    def sound(self, problem: Problem, text: str) -> bool:
+        """Whether the lines are a whole derivation: all valid, and after the last one nothing is left to do."""
+        lines = reasoning_lines(text)
+        return bool(lines) and all(self.valid_steps(problem, text)) and not next_lines(lines[-1])

@@ -28,7 +28,7 @@ BINS = 150  # points of a training curve
 
 
 def write(folder: Path) -> list[Path]:
-    """Read `summary.json`, samples and runs of a folder; write report.html, report.md and table.tex beside them."""
+    """Read a folder's `summary.json` and what lies beside it; write report.html, report.md and table.tex there."""
     comparison = reading.load(folder)
     texts = {
         "report.html": html(comparison),
@@ -62,6 +62,7 @@ def html(comparison: Comparison) -> str:
                 "amount",
                 "facts",
                 "over_runs",
+                "scorecard",
                 "is_histogram",
             ]
         },

@@ -19,6 +19,7 @@ from harness.report.reading import (
     over_runs,
     p_value,
     percent,
+    scorecard,
     share,
     signed,
     span,
@@ -43,6 +44,9 @@ def markdown(comparison: Comparison) -> str:
         parts += [
             _did(comparison, label) for label in comparison.labels if comparison.runs_of(label)
         ]
+    if comparison.mechanisms:
+        parts.append("## Mechanisms")
+        parts += [_mechanisms(label, rows) for label, rows in comparison.mechanisms.items()]
     if comparison.summary.get("contamination"):
         parts += ["## Contamination", _facts(comparison.summary["contamination"])]
     parts += [
@@ -115,10 +119,17 @@ def _did(comparison: Comparison, label: str) -> str:
     fields = ", ".join(f"{key} = {value}" for key, value in facts(run.get("config") or {}))
     lines = [f"**{_md(label)}** ({_md(run['method'])}{_md('; ' + fields) if fields else ''}): "]
     lines[0] += _md(listed(stage_line(stage) for stage in run["stages"])) + "."
+    if purposes := comparison.purposes(label):
+        lines.append(f"- {_md(purposes)}")
     for name, values in comparison.notes(label).items():
         said = "a histogram, see report.html" if is_histogram(values[0]) else over_runs(values)
         lines.append(f"- {_md(name)}: {_md(said)}")
     return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+def _mechanisms(label: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    header = [label, "value", "95 % interval", "cases", "problems"]
+    return _table(header, scorecard(rows))
 
 
 def stage_line(stage: Mapping[str, Any]) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from harness.ledger import Ledger, total
+
 Row = Mapping[str, Any]
 
 BASE = "base"
@@ -23,6 +25,8 @@ COSTS = {
     "flops": "FLOPs",
     "seconds": "time",
 }
+TEACHER = {"teacher_generated": "generated", "teacher_scored": "scored"}
+PLAIN = {"samples", "training"}  # purposes that the totals tell already
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -33,6 +37,7 @@ class Comparison:
     summary: Row
     runs: Sequence[Row] = ()  # run.json of each trained cell
     levels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]] = field(default_factory=dict)
+    mechanisms: Mapping[str, Sequence[Row]] = field(default_factory=dict)  # label -> scorecard
 
     @property
     def name(self) -> str:
@@ -129,9 +134,24 @@ class Comparison:
                 found.setdefault(name, []).append(value)
         return found
 
+    def purposes(self, label: str) -> str:
+        """What a run's teacher tokens were for, in the mean; empty where the totals tell that already."""
+        runs = self.runs_of(label)
+        summed = total(Ledger.from_dict(run["ledger"]) for run in runs).purposes
+        found = {name: amounts for name in TEACHER if (amounts := summed.get(name))}
+        names = {purpose for amounts in found.values() for purpose in amounts}
+        if len(names) < 2 and names <= PLAIN:
+            return ""
+        said = [
+            f"{TEACHER[name]}: "
+            + ", ".join(f"{p} {amount(name, tokens / len(runs))}" for p, tokens in amounts.items())
+            for name, amounts in found.items()
+        ]
+        return f"teacher tokens by purpose: {'; '.join(said)}"
+
 
 def load(folder: Path) -> Comparison:
-    """Read what a comparison wrote; runs and samples may be missing, the summary may not."""
+    """Read what a comparison wrote; all but the summary may be missing."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     cells = {(cell["method"], cell["seed"]) for cell in summary["cells"]}
     runs = [
@@ -141,7 +161,17 @@ def load(folder: Path) -> Comparison:
     order = {cell: place for place, cell in enumerate(sorted(cells, key=str))}
     runs = [run for run in runs if (run["label"], run["seed"]) in cells]
     runs.sort(key=lambda run: (order[run["label"], run["seed"]], run.get("data_seed", 0)))
-    return Comparison(summary, runs, _levels(sorted((folder / "samples").glob("*.parquet")), cells))
+    levels = _levels(sorted((folder / "samples").glob("*.parquet")), cells)
+    return Comparison(summary, runs, levels, _mechanisms(folder, {label for label, _ in cells}))
+
+
+def _mechanisms(folder: Path, labels: set[str]) -> dict[str, list[Row]]:
+    """The scorecards of these arms, in the order of their file."""
+    path = folder / "mechanisms.json"
+    if not path.is_file():
+        return {}
+    arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+    return {label: rows for label, rows in arms.items() if rows and label in labels}
 
 
 def _levels(
@@ -310,6 +340,31 @@ def p_value(p: float | None) -> str:
     if p is None:
         return "–"
     return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def scorecard(rows: Sequence[Row]) -> list[list[str]]:
+    """Lines of text of a mechanism table: name, value, 95 % interval, cases, problems."""
+    return [
+        [
+            row["name"],
+            _score(row["kind"], row["value"]),
+            _score_span(row["kind"], row["ci95"]),
+            *("–" if row[count] is None else str(row[count]) for count in ("n", "problems")),
+        ]
+        for row in rows
+    ]
+
+
+def _score(kind: str, value: float | None) -> str:
+    if value is None:  # too few cases to say
+        return "–"
+    return percent(value) if kind == "mean" else format(value, ".3f" if kind == "auc" else ".4g")
+
+
+def _score_span(kind: str, interval: Sequence[float] | None) -> str:
+    if interval is None:
+        return "–"
+    return span(interval) if kind == "mean" else " to ".join(_score(kind, v) for v in interval)
 
 
 def amount(quantity: str, value: float) -> str:

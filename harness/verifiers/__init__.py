@@ -20,6 +20,9 @@ from contextvars import ContextVar
 
 from harness.types import LanguageModel, Problem, Verdict
 from harness.verifiers import code, completion, math, workers
+from harness.verifiers.completion import rejection
+
+__all__ = ["graded", "opens_think", "recall", "rejection", "verify", "verify_many", "versions"]
 
 READING = "1"  # raised when the rules of reading change
 CODE_GRACE = 8.0  # seconds beyond a program's own limit, to clean up after it

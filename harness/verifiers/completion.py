@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import textwrap
 
+from harness.types import Trace
+
 OPEN, CLOSE = "<think>", "</think>"
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\n`]*)$", re.MULTILINE)
@@ -47,6 +49,20 @@ def fenced(text: str, *, finished: bool = True) -> str | None:
             last = textwrap.dedent(text[opening.end() + 1 : fence.start()])
             opening = None
     return None if opening is not None and not finished else last
+
+
+def rejection(trace: Trace, template_opens: bool = False) -> str | None:
+    """Why a teacher's trace is not trained on; None if it is (after open-r1's flags; our reading)."""
+    if not trace.finished:
+        return "truncated"
+    opened = trace.text.count("<think>") + template_opens
+    if opened != trace.text.count("</think>"):
+        return "think not closed" if opened else "think not opened"
+    if opened > 1:
+        return "more than one think"
+    if trace.verdict is None or trace.verdict.status == "error":
+        return "gold answer not readable"  # skipped, not counted as wrong
+    return None if trace.correct else trace.verdict.status
 
 
 def _braces(text: str, start: int) -> tuple[int, int] | None:

@@ -13,8 +13,8 @@ from typing import Literal
 from harness.config import search
 from harness.objectives import nll
 from harness.registry import Method, method
-from harness.types import Example, Lab, OffPolicy, Stage, Trace
-from harness.verifiers import opens_think
+from harness.types import Example, Lab, OffPolicy, Request, Stage, Trace
+from harness.verifiers import opens_think, rejection
 
 
 @method("sft", paper="arXiv:2501.12948")
@@ -23,6 +23,8 @@ class SFT(Method):
         "teacher"  # data: the problems' own solutions, unverified
     )
     samples: int = search(4, 1, 16, le=1024)  # n teacher samples a problem (open-r1: 4)
+    more: int = search(0, 0, 64, le=4096)  # further samples of problems with few correct (no paper)
+    more_at: float = search(0.0, 0.0, 0.2, le=1.0)  # teacher pass rate up to which they are drawn
     keep: int = search(1, 1, 16, le=1024)  # k at most, of the correct ones, a problem
     choose: Literal["first", "shortest", "random"] = "first"  # which k
     min_pass: float = search(0.0, 0.0, 0.5, le=1.0)  # least teacher pass rate of a problem
@@ -48,9 +50,7 @@ class SFT(Method):
         examples: list[Example] = []
         rng = lab.rng("sft: choose")
         opened = opens_think(lab.teacher)  # then a response only closes its think
-        for problem, traces in zip(
-            lab.problems, lab.samples(lab.teacher, self.samples), strict=True
-        ):
+        for problem, traces in zip(lab.problems, self._drawn(lab), strict=True):
             text = " ".join(problem.prompt.lower().split())
             if self.dedup == "text" and text in seen:
                 counts["duplicate problem"] += 1
@@ -73,22 +73,22 @@ class SFT(Method):
         lab.note("traces", dict(sorted(counts.items())))
         return examples
 
+    def _drawn(self, lab: Lab) -> list[list[Trace]]:
+        """n samples of each problem, and `more` of those that the teacher hardly solves: the control of methods that dwell on them."""
+        drawn = lab.samples(lab.teacher, self.samples)
+        rates = [sum(t.correct for t in traces) / max(1, len(traces)) for traces in drawn]
+        few = [place for place, rate in enumerate(rates) if rate <= self.more_at + 1e-9]
+        if self.more and few:
+            chosen = [lab.problems[place] for place in few]
+            requests = [Request(lab.prompt(problem), problem) for problem in chosen]
+            again = lab.samples(lab.teacher, self.samples + self.more, requests=requests)
+            for place, traces in zip(few, again, strict=True):
+                drawn[place] = traces
+            lab.note("problems sampled further", len(few))
+        return drawn
+
     def _under_loss(self, example: Example) -> Example:
         if self.loss_on == "assistant":
             return example
         first, *rest = example.prompt  # nothing predicts the first token
         return Example(example.problem, (first,), (*rest, *example.response))
-
-
-def rejection(trace: Trace, template_opens: bool = False) -> str | None:
-    """Why a teacher's trace is not trained on; None if it is (after open-r1's flags; our reading)."""
-    if not trace.finished:
-        return "truncated"
-    opened = trace.text.count("<think>") + template_opens
-    if opened != trace.text.count("</think>"):
-        return "think not closed" if opened else "think not opened"
-    if opened > 1:
-        return "more than one think"
-    if trace.verdict is None or trace.verdict.status == "error":
-        return "gold answer not readable"  # skipped, not counted as wrong
-    return None if trace.correct else trace.verdict.status

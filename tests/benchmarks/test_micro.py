@@ -54,6 +54,7 @@ def test_a_wrong_reduction_is_found_and_later_lines_stand_on_their_own() -> None
     assert MATH.oracle is not None
     assert MATH.oracle.first_invalid(REDUCE, think(*lines)) == 1
     assert MATH.oracle.first_invalid(REDUCE, think(*lines[:1])) is None
+    assert not MATH.oracle.sound(REDUCE, think(*lines))
 
 
 def test_two_reductions_at_once_and_other_spellings_are_invalid() -> None:
@@ -222,6 +223,18 @@ def texts() -> list[str]:
         p.prompt + "\n" + (p.solution or "") for s in (MATH, CODE) for p in s.load("test", 200)
     ]
     return [*noise, *mixed, *micro, "Natalia sold 48/2 = 24 clips in May.\r\n\t  x"]
+
+
+@pytest.mark.parametrize("problems", [MATH, CODE], ids=["math", "code"])
+def test_a_sound_derivation_is_valid_and_whole(problems: MicroSet) -> None:
+    for problem in problems.load("train", 60, families=tuple(problems.families)[:1]):
+        assert problem.solution and problems.oracle
+        lines = problem.solution.splitlines()
+        end = lines.index("</think>")
+        assert problems.oracle.sound(problem, problem.solution)
+        for gone in {1, end - 1}:  # the first or the last step skipped
+            text = "\n".join([*lines[:gone], *lines[gone + 1 :]])
+            assert not problems.oracle.sound(problem, text)
 
 
 def test_any_text_comes_back_unchanged() -> None:

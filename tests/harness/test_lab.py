@@ -27,9 +27,15 @@ class Counting(HFModel):
 
     blocks = 0
 
+    scored = 0  # and the responses that it scores
+
     def generate_block(self, block: Any, **options: Any) -> Any:
         self.blocks += 1
         return super().generate_block(block, **options)
+
+    def score(self, pairs: Any) -> Any:
+        self.scored += len(pairs)
+        return super().score(pairs)
 
 
 def counting(seed: int = 1) -> Counting:
@@ -86,6 +92,48 @@ def test_asking_twice_is_charged_once(tmp_path: Path) -> None:
     before = dict(bench._ledger.charged)
     bench.samples(teacher, 2)
     assert bench._ledger.charged == before
+
+
+PAIRS = [((1, 2, 3), (4, 5)), ((1, 2), (6,)), ((1, 2, 3), (4, 5)), ((9,), (8, 7, 6))]
+
+
+def test_scores_are_shared_and_paid_for_once(tmp_path: Path) -> None:
+    teacher = counting()
+    one, two = lab(tmp_path, teacher), lab(tmp_path, teacher, seed=5)
+    first = one.scores(teacher, PAIRS)
+    assert first == [*teacher.score(PAIRS)] and first[0] == first[2]
+    assert teacher.scored == 3 + 4  # the equal pair once
+    assert two.scores(teacher, PAIRS, purpose="doubt") == first and teacher.scored == 7
+    for bench, purpose in ((one, "scoring"), (two, "doubt")):
+        assert bench._ledger.charged["teacher_scored"] == 5 + 3 + 4
+        assert bench._ledger.purposes == {"teacher_scored": {purpose: 12}}
+    assert (one._ledger.spent["teacher_scored"], two._ledger.spent["teacher_scored"]) == (12, 0)
+    assert one._ledger.charged["flops"] == 2 * teacher.num_parameters * 12
+    more = [*PAIRS, ((5,), (5,))]
+    assert two.scores(teacher, more)[:4] == first and two._ledger.charged["teacher_scored"] == 14
+
+
+def test_a_cap_leaves_the_rest_unscored(tmp_path: Path) -> None:
+    teacher = counting()
+    bench = lab(tmp_path, teacher, ledger=Ledger({"teacher_scored": 6}))
+    found = bench.scores(teacher, PAIRS)
+    assert [score is None for score in found] == [False, False, False, True]
+    assert bench.notes == {"cut by the cap on teacher_scored": True}
+
+
+def test_what_the_student_scores_is_no_cost_of_the_teachers(tmp_path: Path) -> None:
+    bench = lab(tmp_path, counting())
+    bench.scores(bench.student, PAIRS[:1])
+    assert bench._ledger.charged["teacher_scored"] == 0 and bench._ledger.charged["flops"] > 0
+
+
+def test_samples_are_told_by_purpose(tmp_path: Path) -> None:
+    teacher = counting()
+    bench = lab(tmp_path, teacher)
+    base = sum(len(t.tokens) for group in bench.samples(teacher, 1) for t in group)
+    both = bench.samples(teacher, 2, purpose="more")  # the first one is paid for
+    more = sum(len(t.tokens) for group in both for t in group) - base
+    assert bench._ledger.purposes == {"teacher_generated": {"samples": base, "more": more}}
 
 
 def test_a_data_seed_redraws_and_a_training_seed_does_not(tmp_path: Path) -> None:

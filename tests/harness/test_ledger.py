@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 
 from harness.ledger import QUANTITIES, Ledger, forward_flops, total, training_flops
+from harness.objectives import forward_kl
+from harness.types import OffPolicy, Stage
+from tests.harness.test_trainer import EXAMPLES, trainer
+from tests.tiny import tiny_model
 
 
 def test_what_has_a_key_is_charged_once_for_each_quantity() -> None:
@@ -24,6 +28,62 @@ def test_what_has_a_key_is_charged_once_for_each_quantity() -> None:
     charged = {name: amount for name, amount in ledger.charged.items() if amount}
     assert charged == {"teacher_generated": 130, "verifier_calls": 1, "trained": 100}
     assert not any(ledger.spent.values())
+
+
+def heal() -> Ledger:
+    ledger = Ledger()
+    ledger.charge("teacher_generated", 40, "a", "base")
+    ledger.charge("teacher_generated", 40, "a", "hint")  # paid: it stays base's
+    ledger.charge("teacher_generated", 25, "b", "hint")
+    ledger.charge("teacher_generated", 7, "c", "base")
+    ledger.charge("teacher_generated", 3, "d")
+    ledger.charge("teacher_generated", 0, "e", "repair")
+    ledger.charge("teacher_scored", 11, "a", "scoring")
+    ledger.spend("teacher_generated", 60)
+    return ledger
+
+
+PURPOSES = {"teacher_generated": {"base": 47, "hint": 25}, "teacher_scored": {"scoring": 11}}
+
+
+def test_charges_that_count_are_told_by_purpose() -> None:
+    ledger = heal()
+    assert ledger.purposes == PURPOSES
+    assert ledger.charged["teacher_generated"] == 75  # 3 of them without a purpose
+    ledger.summary()["purposes"]["teacher_generated"]["base"] = 0
+    assert ledger.purposes == PURPOSES
+
+
+def test_purposes_are_kept_and_older_data_has_none() -> None:
+    ledger = heal()
+    again = Ledger.from_dict(json.loads(json.dumps(ledger.to_dict())))
+    again.charge("teacher_generated", 25, "b", "hint")
+    again.charge("teacher_generated", 2, "f", "hint")
+    assert again.purposes["teacher_generated"] == {"base": 47, "hint": 27}
+    assert Ledger.from_dict(ledger.summary()).purposes == ledger.purposes == PURPOSES
+    again.load({column: ledger.summary()[column] for column in ("charged", "spent")})
+    assert again.purposes == {}
+
+
+def test_total_sums_purposes() -> None:
+    other = Ledger()
+    other.charge("teacher_generated", 5, "a", "hint")
+    other.charge("teacher_generated", 6, "b", "repair")
+    cells = [heal(), other]
+    result = total(cells)
+    assert result.purposes == {
+        "teacher_generated": {"base": 47, "hint": 30, "repair": 6},
+        "teacher_scored": {"scoring": 11},
+    }
+    assert result.charged["teacher_generated"] == 75 + 11
+    assert cells[0].purposes == PURPOSES
+
+
+def test_a_training_step_is_scored_for_training() -> None:
+    run = trainer(1, training={"batch_size": 2})
+    stage = Stage("s", OffPolicy(EXAMPLES[:2]), forward_kl)
+    run.run(0, stage, tiny_model(1).freeze, {})
+    assert run.ledger.purposes == {"teacher_scored": {"training": 3 + 9 + 5 + 2}}
 
 
 def test_spending_is_counted_apart_and_every_time() -> None:
@@ -142,6 +202,7 @@ def test_mistakes_are_named() -> None:
         lambda: Ledger().exhausted("steps", "tokens"),
         lambda: Ledger({"tokens": 1}),
         lambda: Ledger.from_dict({"charged": {"tokens": 1}, "spent": {}}),
+        lambda: Ledger.from_dict({"charged": {}, "spent": {}, "purposes": {"tokens": {}}}),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="unknown quantity 'tokens'") as error:

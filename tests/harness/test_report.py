@@ -398,6 +398,111 @@ def test_minimal_summary_is_enough(tmp_path):
     )
 
 
+def small(folder: Path, purposes: list[dict], mechanisms: dict | None = None) -> tuple[str, str]:
+    """The HTML and the Markdown of one arm, which has a run for each of these purposes."""
+    cell = {"benchmark": "b", "n_problems": 10, "n_samples": 1, "accuracy": 0.3, "ci95": [0.1, 0.6]}
+    arms = [("base", 0), *(("he<a>l", seed) for seed in range(len(purposes)))]
+    summary = {
+        "name": "small",
+        "protocol": "abc",
+        "environment": {},
+        "cells": [{**cell, "method": label, "seed": seed} for label, seed in arms],
+        "pairs": [],
+        "ledger": {},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for seed, shares in enumerate(purposes):
+        run = {
+            "method": "heal",
+            "label": "he<a>l",
+            "seed": seed,
+            "config": {},
+            "stages": [{"name": "main"}],
+            "ledger": {"charged": {}, "spent": {}, "purposes": shares},
+        }
+        (folder / "runs" / str(seed)).mkdir(parents=True)
+        (folder / "runs" / str(seed) / "run.json").write_text(json.dumps(run))
+    if mechanisms is not None:
+        (folder / "mechanisms.json").write_text(json.dumps({"arms": mechanisms}))
+    page, markdown, _ = (path.read_text(encoding="utf-8") for path in report.write(folder))
+    return page, markdown
+
+
+def test_teacher_tokens_are_told_by_purpose(tmp_path):
+    runs = [
+        {
+            "teacher_generated": {"base": 450_000, "<i>": 120_000, "repair": 300_000},
+            "teacher_scored": {"scoring": 90_000},
+            "student_generated": {"samples": 5},
+        },
+        {"teacher_generated": {"base": 464_000, "<i>": 120_000}},
+    ]
+    page, markdown = small(tmp_path, runs)
+    said = "generated: base 457k, {} 120k, repair 150k; scored: scoring 45k"  # means of two runs
+    assert f"<li>teacher tokens by purpose: {said.format('&lt;i&gt;')}</li>" in page
+    assert f"- teacher tokens by purpose: {said.format('&lt;i' + chr(92) + '>')}\n" in markdown
+
+
+@pytest.mark.parametrize(
+    ("purposes", "said"),
+    [
+        ({}, None),
+        ({"teacher_generated": {"samples": 70}}, None),
+        ({"teacher_scored": {"training": 8}}, None),
+        ({"student_generated": {"samples": 5, "probe": 6}}, None),
+        ({"teacher_generated": {"repair": 70}}, "generated: repair 70"),
+        (
+            {"teacher_scored": {"training": 8}, "teacher_generated": {"samples": 70}},
+            "generated: samples 70; scored: training 8",
+        ),
+    ],
+)
+def test_purposes_that_the_totals_tell_are_not_said(tmp_path, purposes, said):
+    for text in small(tmp_path, [purposes]):
+        assert ("by purpose" in text) == (said is not None)
+        assert said is None or f"teacher tokens by purpose: {said}" in text
+
+
+def test_mechanisms_are_shown_with_their_intervals(tmp_path):
+    rows = [
+        {"name": "a|<b> hit", "value": 0.6543, "ci95": [0.601, 0.7049], "kind": "mean"}
+        | {"n": 231, "problems": 87},
+        {"name": "validity", "value": 0.87149, "ci95": [0.8, 0.92], "kind": "auc"}
+        | {"n": 1200, "problems": None},
+        {"name": "peak", "value": 12.34567, "ci95": [-3.0, 1234.56], "kind": "number"}
+        | {"n": None, "problems": 9},
+        {"name": "edge", "value": 0.25, "ci95": None, "kind": "mean", "n": 4, "problems": 3},
+        {"name": "void", "value": None, "ci95": None, "kind": "auc", "n": 0, "problems": 0},
+    ]
+    other = [{"name": "of no arm here", "value": 1.0, "ci95": None, "kind": "mean"}]
+    page, markdown = small(tmp_path, [{}], {"he<a>l": rows, "base": [], "gone": other})
+    table = Page(page).tables[1]
+    assert table == [
+        ["", "value", "95 % interval", "cases", "problems"],
+        ["a|<b> hit", "65.4 %", "60.1 to 70.5", "231", "87"],
+        ["validity", "0.871", "0.800 to 0.920", "1200", "–"],
+        ["peak", "12.35", "-3 to 1235", "–", "9"],
+        ["edge", "25.0 %", "–", "4", "3"],
+        ["void", "–", "–", "0", "0"],
+    ]
+    section = page[page.index("<h2>Mechanisms") : page.index("<h2>Conditions")]
+    assert section.count("<h3>") == 1
+    assert "he&lt;a&gt;l</h3>" in section
+    assert page.index("What each method did") < page.index("<h2>Mechanisms")
+    after = markdown[markdown.index("## What each") : markdown.index("## Conditions")]
+    assert after.partition("## Mechanisms\n\n")[2] == (
+        "| he&lt;a\\>l | value | 95 % interval | cases | problems |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| a\\|&lt;b\\> hit | 65.4 % | 60.1 to 70.5 | 231 | 87 |\n"
+        "| validity | 0.871 | 0.800 to 0.920 | 1200 | – |\n"
+        "| peak | 12.35 | -3 to 1235 | – | 9 |\n"
+        "| edge | 25.0 % | – | 4 | 3 |\n"
+        "| void | – | – | 0 | 0 |\n\n"
+    )
+    assert "Mechanisms" not in "".join(small(tmp_path / "none", [{}]))
+
+
 # --- sentences ---------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ def recorded(tmp_path_factory):
         os.environ.pop(name, None)
     file = folder / "runs" / "arm1" / "1" / "run.json"
     whole = json.loads(file.read_text())
+    whole["ledger"]["purposes"] = {"teacher_generated": {"hint": 120, "repair": 30}}
     file.write_text(json.dumps({**whole, "curve": whole["curve"][:20]}))
     assert tracking.record(folder)
     file.write_text(json.dumps(whole))
@@ -68,6 +69,7 @@ def test_round_trip(recorded):
     assert paced.data.params["beta"] == "2.0"
     assert paced.data.params["budget.steps"] == "30"
     assert paced.data.params["seed"] == "1"
+    assert paced.data.metrics["purposes/teacher_generated.repair"] == 30
     assert paced.data.tags["method"] == "paced"
     assert paced.data.tags["teacher"] == "micro/teacher"
     summary = json.loads((folder / "summary.json").read_text())

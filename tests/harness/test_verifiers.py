@@ -12,6 +12,7 @@ import threading
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -423,3 +424,21 @@ if DATA:
         assert sum(verdict.correct for verdict in solved) >= 0.99 * len(solved)
         shifted = [(maths(a["answer"]), rf"\boxed{{{b['answer']}}}") for a, b in pairwise(found)]
         assert sum(verdict.correct for verdict in verify_many(shifted)) < 0.05 * len(shifted)
+
+
+def cut(pieces: list[str], **how: Any) -> list[str]:
+    return ["".join(pieces[i] for i in step) for step in steps.token_steps(pieces, **how)]
+
+
+def test_steps_of_tokens() -> None:
+    pieces = ["<think>", "\n", "a", "+b", "\n", "c", "\n", "</think>", "\n", "7", ""]
+    assert cut(pieces) == ["\na+b\n", "c\n"]
+    assert [*map(list, steps.token_steps(pieces))] == [[1, 2, 3, 4], [5, 6]]
+    assert cut(pieces, shortest=3) == ["\na+b\nc\n"]  # the last joins the one before
+    assert cut(["a\n", "b", "c\n", "d\n", "e\n"], shortest=2) == ["a\nbc\n", "d\ne\n"]
+    blank = ["<", "think", ">", "a", ".\n\n", "b\n", "c\n\nd", "e", "\n\n", "f", "</", "think>"]
+    # a token that straddles a boundary belongs to the earlier step
+    assert cut(blank, separator="blank") == ["a.\n\n", "b\nc\n\nd", "e\n\n", "f"]
+    assert cut(["a\n", "b", ""]) == ["a\n", "b"]  # no think: all of it, without the end token
+    assert cut(["a\n", "b\n", "</think>", "7"]) == ["a\n", "b\n"]  # opened by the template
+    assert cut(["<think>", "\na"]) == ["\na"] and cut([]) == cut(["<think>", "</think>"]) == []

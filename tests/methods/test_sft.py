@@ -7,7 +7,8 @@ from typing import Any
 from harness import registry
 from harness.models.scripted import Reply
 from harness.types import Example, Lab, OffPolicy, Problem
-from methods.baselines.sft import SFT, rejection
+from harness.verifiers import rejection
+from methods.baselines.sft import SFT
 from tests.benches import answer, scripted
 
 
@@ -80,6 +81,29 @@ def test_a_difficulty_band_is_on_the_pass_rate() -> None:
     assert [e.problem for e in trained_on(lab, samples=4, min_pass=0.5)] == ["all"]
     assert [e.problem for e in trained_on(lab, samples=4)] == ["one", "all"]
     assert lab.notes["traces"]["problems without a trace"] == 1
+
+
+def test_problems_that_the_teacher_hardly_solves_are_sampled_further() -> None:
+    table = {
+        "late": [WRONG, WRONG, WRONG, RIGHT, LONG],
+        "once": [RIGHT, WRONG, LONG, WRONG, WRONG],
+        "both": [RIGHT, LONG, RIGHT, RIGHT, RIGHT],
+    }
+    lab = scripted(table)
+    fields = {"samples": 2, "keep": 9}
+    assert [e.problem for e in trained_on(lab, **fields)] == ["once", "both", "both"]
+    assert texts(lab, trained_on(lab, **fields, more=3)) == [
+        *[("late", RIGHT), ("late", LONG)],
+        *[("once", RIGHT), ("both", RIGHT), ("both", LONG)],
+    ]
+    assert lab.notes["problems sampled further"] == 1
+    found = [e.problem for e in trained_on(lab, **fields, more=1, more_at=0.5)]
+    assert found == [
+        "once",
+        "once",
+        "both",
+        "both",
+    ]  # the first right answer to "late" is its fourth
 
 
 def test_equal_problem_texts_train_once() -> None:
