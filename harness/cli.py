@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a key of the suite, e.g. budget.steps=50."
     ),
 ]
+Arms = Annotated[str | None, typer.Option(help="Only these arms, separated by commas.")]
 Results = Annotated[Path, typer.Option(help="Folder that runs write to.")]
 RESULTS = Path("results")
 
@@ -41,9 +43,7 @@ RESULTS = Path("results")
 @app.command()
 def compare(
     suite: Suite,
-    methods: Annotated[
-        str | None, typer.Option(help="Only these arms, separated by commas.")
-    ] = None,
+    methods: Arms = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds of each arm.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Problems of each benchmark.")] = None,
     set_: Set = None,
@@ -56,11 +56,13 @@ def compare(
 
     if executor != "local":
         raise ValueError(f"--executor {executor!r} is not available in this version: use local")
-    names = (
-        None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
-    )
     summary = run(
-        suite, methods=names, seeds=seeds, limit=limit, overrides=set_ or (), results=results
+        suite,
+        methods=_names(methods),
+        seeds=seeds,
+        limit=limit,
+        overrides=set_ or (),
+        results=results,
     )
     if summary:
         folder = results / summary["name"]
@@ -172,7 +174,8 @@ def methods(
     out.print(Markdown(registry.card(cls)))
     table = Table("field", "default", "search", "meaning", box=None, pad_edge=False)
     for field in registry.fields(cls):
-        table.add_row(field.name, _short(field.default), _range(field.search), field.meaning)
+        texts = (_short(field.default), _range(field.search), field.meaning)
+        table.add_row(field.name, *map(escape, texts))  # a meaning may say [paper]
     out.print(table)
 
 
@@ -204,6 +207,31 @@ def doctor(suite: Suite, set_: Set = None) -> None:
         out.print(finding.text, markup=False, highlight=False, soft_wrap=True)
     if any(finding.level == "problem" for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def mechanisms(
+    suite: Suite,
+    methods: Arms = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Training problems looked at.")] = None,
+    set_: Set = None,
+    results: Results = RESULTS,
+) -> None:
+    """Score what each method decides against the problem set's oracle (the micro world); trains nothing."""
+    from harness.compare import experiment
+    from harness.mechanisms import scorecard
+    from harness.report.reading import scorecard as lines
+
+    setting = experiment(suite, set_ or ())
+    card = scorecard(setting, methods=_names(methods), limit=limit, results=results)
+    for label, rows in card["arms"].items():
+        out.print(f"\n{label}", style="bold", markup=False, highlight=False)
+        table = Table("measure", "value", "95 % interval", "cases", "problems", box=None)
+        for line in lines(rows):
+            table.add_row(*map(escape, line))
+        out.print(table)
+    path = results / setting.name / "mechanisms.json"
+    out.print(f"\nWritten: {path}", highlight=False, soft_wrap=True)
 
 
 @cache_app.command("show")
@@ -243,6 +271,10 @@ def _store(results: Path) -> Any:
     from harness.store import Store
 
     return Store(Path(os.environ.get("RETORT_STORE", results / "store")))
+
+
+def _names(arms: str | None) -> list[str] | None:
+    return None if arms is None else [name.strip() for name in arms.split(",") if name.strip()]
 
 
 def _short(value: Any) -> str:

@@ -27,6 +27,7 @@ RANK = {
     "tracking": 7,
     "compare": 8,
     "doctor": 9,
+    "mechanisms": 9,
     "cli": 10,
     "__main__": 11,
     "__init__": 0,

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from harness import cli, registry
+from harness.registry import Method
 
 
 def retort(
@@ -25,7 +30,17 @@ def retort(
 def test_help_lists_the_commands() -> None:
     done = retort("--help")
     assert done.returncode == 0
-    for command in ("compare", "eval", "report", "ui", "methods", "benchmarks", "doctor", "cache"):
+    for command in (
+        "compare",
+        "eval",
+        "report",
+        "ui",
+        "methods",
+        "benchmarks",
+        "doctor",
+        "cache",
+        "mechanisms",
+    ):
         assert command in done.stdout
 
 
@@ -37,6 +52,19 @@ def test_methods_lists_all_and_shows_one() -> None:
     one = retort("methods", "paced")
     assert "exponent on p (eq. 3)" in one.stdout and "0 to 3" in one.stdout
     assert "Where we differ and why" in one.stdout
+
+
+class Tagged(Method):
+    alpha: float = 1.0  # weight [paper], found in [secondary] [/]
+
+
+def test_tags_in_square_brackets_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "methods", lambda: {"tagged": Tagged})
+    monkeypatch.setattr(registry, "card", lambda cls: "# A card\n\n- tau = 1 [paper] and [bold]")
+    monkeypatch.setattr(cli, "out", Console(width=120))
+    done = CliRunner().invoke(cli.app, ["methods", "tagged"], catch_exceptions=False)
+    assert "weight [paper], found in [secondary] [/]" in done.stdout
+    assert "tau = 1 [paper] and [bold]" in done.stdout
 
 
 def test_benchmarks_lists_the_tasks() -> None:
@@ -67,6 +95,7 @@ def test_cache_shows_an_empty_store(tmp_path: Path) -> None:
         (["compare", "quickstart", "--methods", "pacd"], "did you mean 'paced'"),
         (["compare", "quickstart", "--set", "budget.stps=3"], "did you mean 'steps'"),
         (["compare", "quickstart", "--set", "budget"], "write key.key=value"),
+        (["mechanisms", "quickstart"], "an oracle judges one set and a mixture has none"),
         (["methods", "pacd"], "did you mean 'paced'"),
         (["report", "nothing"], "no finished comparison 'nothing'"),
         (["eval", "micro/studnt", "--tasks", "micro_math"], "micro/student"),

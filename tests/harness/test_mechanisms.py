@@ -1,0 +1,250 @@
+"""Scorecards: estimates by hand, errors before compute, and the command on a small suite of the micro world."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy.stats import rankdata
+from typer.testing import CliRunner
+
+from harness import cli, compare, registry
+from harness.mechanisms import auc, row, scorecard
+from harness.models.hf import HFModel
+from harness.objectives import nll
+from harness.registry import Method
+from harness.types import Lab, Measure, OffPolicy, Stage
+
+SUITE: dict[str, Any] = {
+    "name": "small",
+    "student": "micro/student",
+    "teacher": "micro/teacher",
+    "problems": {"micro_math": {"n": 24, "levels": [1, 2]}},
+    "benchmarks": {"micro_math": {"limit": 8, "max_new_tokens": 64}},
+    "seeds": 1,
+    "budget": {"steps": 2},
+    "methods": {"judged": {"n": 2}, "sft": {"samples": 2}, "more": {"method": "judged"}},
+    "training": {"batch_size": 4},
+    "sampling": {"max_new_tokens": 64},
+    "threads": 1,
+}
+
+
+class Judged(Method):
+    """Trains on the teacher's samples, and lets the oracle look at them."""
+
+    name, paper = "judged", "none"
+    n: int = 3
+
+    def stages(self, lab: Lab) -> Iterator[Stage]:
+        traces = lab.samples(lab.teacher, self.n)
+        yield Stage("s", OffPolicy([lab.example(t) for group in traces for t in group]), nll)
+
+    def mechanisms(self, lab: Lab) -> Mapping[str, Measure | float]:
+        assert lab.oracle is not None and lab.student.identity == lab.base.identity
+        traces = [t for group in lab.samples(lab.teacher, self.n) for t in group]
+        valid = [lab.oracle.first_invalid(t.problem, t.text) is None for t in traces]
+        ids = [t.problem.id for t in traces]
+        return {
+            "valid [share]": Measure(valid, ids),
+            "length tells": Measure(
+                [len(t.tokens) for t in traces], ids, [i % 3 == 0 for i in range(len(ids))]
+            ),
+            "one kind": Measure([float(v) for v in valid], ids, [True] * len(ids)),
+            "traces": len(traces),
+        }
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {**registry.methods(), "judged": Judged}
+    monkeypatch.setattr(registry, "methods", lambda: known)
+
+
+def suite(folder: Path, **changes: Any) -> str:
+    path = folder / "small.yaml"
+    path.write_text(json.dumps({**SUITE, **changes}))  # JSON is YAML
+    return str(path)
+
+
+# -- estimates ----------------------------------------------------------------------------------
+
+
+def test_the_auc_counts_a_tie_half() -> None:
+    # pairs of a True and a False: 3>1, 3>2, 2>1 and 2=2
+    line = row("m", Measure([3, 1, 2, 2], list("abcd"), [True, False, True, False]))
+    assert line["value"] == 3.5 / 4
+    assert (line["kind"], line["n"], line["problems"]) == ("auc", 4, 4)
+
+
+def test_a_problems_weight_is_that_many_copies_of_its_cases() -> None:
+    rng = np.random.default_rng(1)
+    scores, labels = rng.integers(0, 8, 60).astype(float), rng.random(60) < 0.4
+    cluster, weights = rng.integers(0, 9, 60), rng.integers(0, 4, (5, 9))
+    for weight, found in zip(weights, auc(scores, labels, cluster, weights), strict=True):
+        s, true = (np.repeat(a, weight[cluster]) for a in (scores, labels))
+        n, m = true.sum(), (~true).sum()
+        assert found == pytest.approx((rankdata(s)[true].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def test_a_mean_is_over_cases_and_its_interval_over_problems() -> None:
+    line = row("m", Measure([1, 1, 1, 0], ["a", "a", "a", "b"]))
+    assert line["value"] == 0.75 and (line["n"], line["problems"]) == (4, 2)
+    assert line["ci95"] == [0.0, 1.0]  # either problem alone
+    assert line["kind"] == "mean"
+
+
+@pytest.mark.parametrize("kind", ["mean", "auc"])
+def test_cases_of_one_problem_that_agree_widen_the_interval(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    ids = [str(i) for i in range(50) for _ in range(20)]
+    labels = [i % 20 < 10 for i in range(1000)] if kind == "auc" else None
+    noise = {"agree": np.repeat(rng.random(50), 20), "independent": rng.random(1000)}
+    sign = np.where(labels, 1.0, -1.0) if labels else 1.0  # a problem is told right or wrong whole
+    width = {}
+    for name, draws in noise.items():
+        line = row("m", Measure((sign * (draws < 0.6)).tolist(), ids, labels))
+        low, high = line["ci95"]
+        assert low < line["value"] < high
+        width[name] = high - low
+    assert width["agree"] > 2.5 * width["independent"]  # sqrt(20) = 4.5 in the mean
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        Measure([], []),
+        Measure([1, 0], ["a", "a"]),
+        Measure([1, 0], ["a", "b"], [True, True]),
+        Measure([1, float("inf")], ["a", "b"]),
+        float("nan"),
+    ],
+)
+def test_what_cannot_be_said_is_null(measure: Measure | float) -> None:
+    line = row("m", measure)
+    assert line["value"] is None and line["ci95"] is None
+    json.dumps(line, allow_nan=False)
+
+
+def test_resamples_with_labels_of_one_kind_are_left_out() -> None:
+    line = row("m", Measure([2, 1], ["a", "b"], [True, False]))
+    assert line["value"] == 1 and line["ci95"] == [1.0, 1.0]
+
+
+def test_a_plain_number_has_no_cases() -> None:
+    expected = {"ci95": None, "n": None, "problems": None, "kind": "number"}
+    assert row("m", 3) == {"name": "m", "value": 3.0, **expected}
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        Measure([1, 0], ["a"]),
+        Measure([1, 0], ["a", "b"], [True]),
+        Measure([1, float("nan")], ["a", "b"]),
+    ],
+)
+def test_a_case_lacks_nothing(measure: Measure) -> None:
+    with pytest.raises(ValueError, match="measure 'm': give each case a value"):
+        row("m", measure)
+
+
+def test_many_cases_take_seconds() -> None:
+    rng = np.random.default_rng(0)
+    ids = [str(i) for i in rng.integers(0, 2000, 50_000)]
+    scores, labels = rng.random(50_000).tolist(), (rng.random(50_000) < 0.5).tolist()
+    start = time.monotonic()
+    low, high = row("m", Measure(scores, ids, labels))["ci95"]
+    assert time.monotonic() - start < 30  # about 2 on an idle core
+    assert low < 0.5 < high
+
+
+# -- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "methods", "expected"),
+    [
+        (
+            {"problems": {"micro_math": {"n": 9}, "micro_code": {"n": 9}}},
+            None,
+            r"small: no oracle .* micro_math with micro_code: give one of micro_math, micro_code alone",
+        ),
+        (
+            {"problems": {"gsm8k": {"n": 9}}},
+            None,
+            r"no oracle .* gsm8k: .* a mixture has none \(--set",
+        ),
+        (
+            {},
+            ["sft"],
+            r"none of the arms \(sft\) has a scorecard; methods that have one, .*: .*judged",
+        ),
+        ({}, ["jugded"], "unknown method 'jugded' in suite 'small': did you mean 'judged'"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], methods: list[str] | None, expected: str
+) -> None:
+    with pytest.raises(ValueError, match=expected):
+        scorecard(
+            suite(tmp_path, **changes), methods=methods, results=tmp_path / "results", quiet=True
+        )
+    assert not (tmp_path / "results").exists()
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+def test_the_command_scores_what_a_comparison_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, path = tmp_path / "results", suite(tmp_path)
+    compare(path, results=results, quiet=True, track=False)
+    folder = results / "small"
+    (folder / "report.md").unlink()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(HFModel, "generate_block", refuse)
+    monkeypatch.setattr(cli, "out", Console(width=120))
+    given = ["mechanisms", path, "--results", str(results)]
+    done = CliRunner().invoke(cli.app, given, catch_exceptions=False)
+    assert done.exit_code == 0
+    card = json.loads((folder / "mechanisms.json").read_text())
+    assert list(card["arms"]) == ["judged", "more"]  # sft has none
+    share, length, one, number = card["arms"]["judged"]
+    assert (share["name"], share["kind"], share["n"], share["problems"]) == (
+        "valid [share]",
+        "mean",
+        48,
+        24,
+    )
+    assert share["ci95"][0] <= share["value"] <= share["ci95"][1]
+    assert length["kind"] == "auc" and 0 < length["value"] < 1
+    assert one["value"] is None and number == {**number, "value": 48.0, "kind": "number"}
+    assert card["arms"]["more"][0]["n"] == 72
+    assert (folder / "report.md").is_file()  # written again
+    for text in (
+        "\nmore\n",
+        "valid [share]",
+        f"{100 * share['value']:.1f} %",
+        f"{length['value']:.3f}",
+    ):
+        assert text in done.stdout
+    assert str(folder / "mechanisms.json") in done.stdout
+
+    few = [*given, "--methods", "judged", "--limit", "3"]
+    assert CliRunner().invoke(cli.app, few, catch_exceptions=False).exit_code == 0
+    card = json.loads((folder / "mechanisms.json").read_text())
+    assert list(card["arms"]) == ["judged"] and card["arms"]["judged"][0]["problems"] == 3
+
+    with pytest.raises(ValueError, match="trained with another configuration"):
+        scorecard(path, overrides=["methods.judged.n=1"], results=results, quiet=True)
