@@ -27,13 +27,27 @@ TINY: dict[str, dict[str, Any]] = {
     "sft": {"samples": 4},
     "limo": {"weak_k": 2, "weak_max": 2, "strong_k": 4, "strong_max": 4, "keep": 12},
     "paced": {"rollouts": 4, "references": 4},
+    "heal": {
+        **{
+            "samples": 4,
+            "hints": 2,
+            "paths": 1,
+            "candidates": 4,
+            "cap": 1,
+            "hard": 1.0,
+            "extreme": 1.0,
+        },
+        **{"segment": "line", "min_step": 1, "min_new_steps": 1},
+    },
 }
+HARD = {"heal"}  # methods that need problems at which the teacher fails
 
 
 @cache
-def problems(n: int = 24) -> tuple[Problem, ...]:
-    """Easy enough that the student solves some and not all."""
-    return tuple(PROBLEMS["micro_math"].load("train", n, levels=(2, 3), families=("reduce",)))
+def problems(n: int = 24, hard: bool = False) -> tuple[Problem, ...]:
+    """Easy enough that the student solves some and not all; or hard enough for that to hold of the teacher."""
+    levels = (6, 7) if hard else (2, 3)
+    return tuple(PROBLEMS["micro_math"].load("train", n, levels=levels, families=("reduce",)))
 
 
 def model(name: str) -> HFModel:
@@ -98,7 +112,7 @@ class Run:
         self.lab = Workbench(
             self.student,
             {"base": lambda: model("student").freeze(), "teacher": lambda: self.teacher},
-            items or problems(),
+            items or problems(hard=name in HARD),
             Store(store or shared_store()),
             self.ledger,
             SAMPLING,

@@ -12,7 +12,7 @@ from harness.config import search
 from harness.objectives import forward_kl, nll, reverse_kl
 from harness.registry import Method
 from harness.types import Lab, OffPolicy, OnPolicy, Stage
-from tests.benches import Run
+from tests.benches import Run, problems
 
 
 class Plain(Method):
@@ -62,3 +62,13 @@ def test_limo_that_selects_nothing_away_trains_on_the_best_chain_of_every_solved
     assert {(e.problem, e.response) for e in limo.examples[0]} <= everything
     wide = Run("limo", {**fields, "one_per_problem": False}, train=False)
     assert {(e.problem, e.response) for e in wide.examples[0]} == everything
+
+
+@pytest.mark.parametrize(
+    "mode", ["sequential_increment", "sequential_cumulative", "data_only", "reversed"]
+)
+def test_heal_that_finds_no_problem_hard_enough_is_sft(mode: str) -> None:
+    fields = {"samples": 4, "cap": 3, "hard": 0.0, "extreme": 1.0, "mode": mode}
+    heal, sft = Run("heal", fields, items=problems()), Run("sft", {"samples": 4, "keep": 3})
+    assert heal.losses == sft.losses and heal.student.identity == sft.student.identity
+    assert heal.ledger.charged["teacher_generated"] == sft.ledger.charged["teacher_generated"]

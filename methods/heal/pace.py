@@ -1,0 +1,40 @@
+"""PACE, progressive answer-guided curriculum evolution: base, then hint, then repair.
+
+The order is [secondary]; how the stages share data and budget is [reading].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from harness.types import Example
+
+Leg = tuple[str, list[Example], float]  # name, examples, share of the budget
+
+
+def curriculum(
+    parts: Sequence[tuple[str, Sequence[Example]]],
+    mode: str,
+    replay: float,
+    rng: np.random.Generator,
+) -> list[Leg]:
+    """The legs of training; each takes a share of the budget in proportion to its examples, so that all are seen equally often.
+
+    sequential_increment: a part's new data, and `replay` times as many examples of the parts before it; sequential_cumulative: all
+    data up to a part; data_only: all data at once; reversed: increments from the last part to the first.
+    """
+    if mode == "data_only":
+        parts = [("data", [example for _, examples in parts for example in examples])]
+    legs: list[tuple[str, list[Example]]] = []
+    seen: list[Example] = []
+    for name, examples in parts[::-1] if mode == "reversed" else parts:
+        earlier = seen
+        if mode != "sequential_cumulative":
+            count = min(int(replay * len(examples)), len(seen))
+            earlier = [seen[i] for i in sorted(rng.choice(len(seen), count, replace=False))] if count else []  # fmt: skip
+        legs.append((name, [*earlier, *examples]))
+        seen = [*seen, *examples]
+    total = sum(len(examples) for _, examples in legs) or 1
+    return [(name, examples, len(examples) / total) for name, examples in legs]
