@@ -172,7 +172,7 @@ def methods(
         return
     cls = registry.get(name)
     out.print(Markdown(registry.card(cls)))
-    table = Table("field", "default", "search", "meaning", box=None, pad_edge=False)
+    table = Table("field", "default", "search or choices", "meaning", box=None, pad_edge=False)
     for field in registry.fields(cls):
         texts = (_short(field.default), _range(field.search), field.meaning)
         table.add_row(field.name, *map(escape, texts))  # a meaning may say [paper]
@@ -278,7 +278,7 @@ def _names(arms: str | None) -> list[str] | None:
 
 
 def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
+    text = "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 28 else text[:27] + "…"
 
 

@@ -118,9 +118,8 @@ class Workbench:
         keys = [digest([prompt, response]) for prompt, response in pairs]
         wanted: dict[str, tuple[Ids, Ids]] = {}
         for key, (prompt, response) in zip(keys, pairs, strict=True):
-            if not student and self._ledger.left(column) <= 0:
-                self.note(f"cut by the cap on {column}", True)
-                break
+            if not student and self._beyond(column, name + key):
+                continue
             tokens = len(prompt) + len(response)
             if not student:  # the ledger has no column for what the student scores, but its FLOPs
                 self._ledger.charge(column, tokens, name + key, purpose)
@@ -309,15 +308,21 @@ class Workbench:
         for position, group in enumerate(traces):
             allowed.append([])
             for index, trace in enumerate(group):
-                if self._ledger.left(column) <= 0:
-                    self.note(f"cut by the cap on {column}", True)
+                key = None if keys is None else keys[position][index]
+                if self._beyond(column, key):
                     break
                 tokens = len(trace.tokens) - trace.prefix
-                key = None if keys is None else keys[position][index]
                 self._ledger.charge(column, tokens, key, purpose)
                 self._ledger.charge("flops", forward_flops(parameters, tokens), key)
                 allowed[-1].append(trace)
         return allowed
+
+    def _beyond(self, column: str, key: str | None) -> bool:
+        """Whether a cap forbids this; what was paid before it was spent stays there, also for a run that is taken up again."""
+        if self._ledger.left(column) > 0 or self._ledger.paid(column, key):
+            return False
+        self.note(f"cut by the cap on {column}", True)
+        return True
 
     def _verified(self, traces: list[list[Trace]], opened: bool) -> list[list[Trace]]:
         flat = [trace for group in traces for trace in group]

@@ -60,13 +60,16 @@ class Ledger:
         """Count what the method would cost alone; what has a key (a sample's, a score's) is paid for once."""
         amount = _plain(quantity, amount)
         if key is not None:
-            mark = hashlib.blake2b(f"{quantity} {key}".encode(), digest_size=_MARK).digest()
-            if mark in self._paid:
+            if self.paid(quantity, key):
                 return
-            self._paid.add(mark)
+            self._paid.add(_mark(quantity, key))
         self.charged[quantity] += amount
         if purpose is not None and amount:
             _add(self.purposes, quantity, purpose, amount)
+
+    def paid(self, quantity: str, key: str | None) -> bool:
+        """Whether this was charged before: a cap that is spent takes back nothing."""
+        return key is not None and _mark(quantity, key) in self._paid
 
     def spend(self, quantity: str, amount: float) -> None:
         """Count what was really done."""
@@ -147,6 +150,10 @@ def _plain(quantity: str, amount: float) -> float:
     _known(quantity)
     assert amount >= 0, f"{amount} {quantity}"
     return amount if isinstance(amount, (int, float)) else float(amount)
+
+
+def _mark(quantity: str, key: str) -> bytes:
+    return hashlib.blake2b(f"{quantity} {key}".encode(), digest_size=_MARK).digest()
 
 
 def _known(quantity: str) -> str:

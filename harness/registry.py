@@ -15,7 +15,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -49,7 +49,7 @@ class Field:
 
     name: str
     default: Any
-    search: Mapping[str, Any] | None
+    search: Mapping[str, Any] | None  # the range of a sweep, or the values that there are
     meaning: str
 
 
@@ -116,6 +116,8 @@ def fields(cls: type[Method]) -> list[Field]:
     for name, info in cls.model_fields.items():
         extra = info.json_schema_extra
         space = extra.get("search") if isinstance(extra, dict) else None
+        if get_origin(info.annotation) is Literal:
+            space = space or {"choices": list(get_args(info.annotation))}
         found.append(
             Field(
                 name,
@@ -159,9 +161,10 @@ def _comments(cls: type[Method]) -> dict[str, str]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    (body,) = ast.parse(source).body
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
     found = {}
-    for node in ast.walk(body):
+    for node in definition.body:  # not the annotated names inside its functions
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             rows = range(node.lineno, (node.end_lineno or node.lineno) + 1)
             found[node.target.id] = " ".join(comments[row] for row in rows if row in comments)

@@ -19,7 +19,7 @@ NAMES = sorted(registry.methods())
 
 
 def test_methods_were_found() -> None:
-    assert {"sft", "limo", "paced"} <= set(NAMES)
+    assert {"sft", "limo", "paced", "heal"} <= set(NAMES)
     assert set(TINY) <= set(NAMES)
 
 

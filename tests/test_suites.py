@@ -22,7 +22,7 @@ def test_every_suite_is_valid(name: str) -> None:
 
 
 def test_the_suites_were_found() -> None:
-    assert {"quickstart", "gsm8k-smoke"} <= set(NAMES)
+    assert {"quickstart", "gsm8k-smoke", "heal-ceiling", "heal-ablations"} <= set(NAMES)
 
 
 if os.environ.get("RETORT_DATA"):

@@ -35,7 +35,7 @@ def token_steps(
 ) -> list[range]:
     """The reasoning steps of a response as ranges of its tokens, given the text of each token.
 
-    Reasoning is what stands inside the think, or all of it where there is none. A token that straddles a boundary belongs to
+    Reasoning is what stands inside the think, or all of it where there is none, or what follows a think left blank. A token that straddles a boundary belongs to
     the earlier step; a step of fewer than `shortest` tokens joins the next one (the last joins the one before).
     """
     text = "".join(pieces)
@@ -45,6 +45,9 @@ def token_steps(
     closed = text.find(CLOSE, begin)
     first = bisect_left(starts, begin)
     last = bisect_left(starts, closed if closed >= 0 else len(text), first)
+    if closed >= 0 and not text[starts[first] : closed].strip():
+        first = bisect_left(starts, closed + len(CLOSE))
+        last = bisect_left(starts, len(text), first)
     body = text[starts[first] : starts[last]]
     bounds = accumulate(map(len, split(body, separator)), initial=starts[first])
     cuts = [bisect_left(starts, bound, first, last) for bound in bounds]

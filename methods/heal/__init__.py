@@ -7,9 +7,11 @@ world, where it departs from the paper's reading; paper.yaml keeps that one).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
+
+from pydantic import model_validator
 
 from harness.config import search
 from harness.objectives import nll
@@ -26,7 +28,11 @@ class Heal(Method):
     samples: int = search(30, 4, 64, ge=1, le=1024)  # N base samples a problem [secondary]
     hard: float = search(0.5, 0.1, 1.0, ge=0)  # hints below this pass rate [secondary]
     extreme: float = search(1 / 30, 0.0, 0.2, le=1)  # repair up to this one: 1 of 30 [secondary]
-    parts: tuple[Literal["base", "hint", "repair"], ...] = ("base", "hint", "repair")  # [paper]
+    parts: tuple[Literal["base", "hint", "repair"], ...] = (
+        "base",
+        "hint",
+        "repair",
+    )  # what the student is trained on, in order [paper]
     cap: int = search(30, 1, 64, le=1024)  # most traces a problem and part [reading]
     hints: int = search(30, 0, 64, le=1024)  # samples from scratch of a hard problem [reading]
     segment: Literal["blank", "line"] = "blank"  # what separates steps [secondary]
@@ -34,37 +40,64 @@ class Heal(Method):
     # GEAR
     paths: int = search(10, 1, 20, le=1024)  # failed traces to repair, a problem [secondary]
     candidates: int = search(20, 1, 64, le=1024)  # continuations of each [secondary]
-    breakpoint: Literal["surge", "random", "start"] = "surge"  # start: from scratch [secondary]
-    entropy: Literal["step_mean", "step_max", "token_window"] = "step_mean"  # of a step [reading]
-    surge: Literal["delta_prev", "delta_running_mean", "absolute"] = "delta_prev"  # [reading]
-    search_fraction: float = search(1.0, 0.2, 1.0, ge=0)  # of the trace [measured]
+    breakpoint: Literal["surge", "random", "start"] = (
+        "surge"  # largest surge; start: repair from scratch [secondary]
+    )
+    entropy: Literal["step_mean", "step_max", "token_window"] = (
+        "step_mean"  # of a step, from its tokens [reading]
+    )
+    surge: Literal["delta_prev", "delta_running_mean", "absolute"] = (
+        "delta_prev"  # over what [reading]
+    )
+    search_fraction: float = search(
+        1.0, 0.2, 1.0, ge=0
+    )  # of the trace, from its start; 1/3 [secondary], ours [measured]
     search_unit: Literal["steps", "tokens"] = "steps"  # of that fraction [reading]
-    first_step: Literal["reference", "never"] = "reference"  # may step 1 be it [measured]
+    first_step: Literal["reference", "never"] = (
+        "reference"  # step 1 against solved problems' first steps [measured]
+    )
     backup: int = search(1, 0, 2)  # steps taken back from the breakpoint [secondary]
     hint_mode: Literal["answer_in_prompt", "bridge_step", "inline_think"] = (
-        "answer_in_prompt"  # [secondary]
+        "answer_in_prompt"  # how the teacher learns the answer [secondary]
     )
     leak_filter: bool = True  # drop texts that mention the given answer [reading]
-    min_new_steps: int = search(2, 0, 4, le=1024)  # of a candidate [reading]
+    min_new_steps: int = search(2, 0, 4, le=1024)  # of a repaired trace [reading]
     # PURE
     anomaly: Literal["log_ratio", "ratio", "jump", "perplexity", "random"] = (
-        "log_ratio"  # [measured]
+        "log_ratio"  # R of a step [measured]
     )
     uncertainty: Literal["gold_answer_nll", "entropy", "first_token"] = (
-        "gold_answer_nll"  # [reading]
+        "gold_answer_nll"  # U after a step [reading]
     )
-    aggregate: Literal["max", "top10pct_mean"] = "max"  # over steps [reading]
-    exclude_last: int = search(0, 0, 2, le=1024)  # last steps left out [measured]
-    eps: float = search(0.01, 0.001, 0.1, log=True, ge=1e-9, le=10)  # beside U [secondary]
+    aggregate: Literal["max", "top10pct_mean"] = "max"  # of R over steps [reading]
+    exclude_last: int = search(0, 0, 2, le=1024)  # last steps left out of R [measured]
+    eps: float = search(
+        0.01, 0.001, 0.1, log=True, ge=1e-9, le=10
+    )  # added to U [secondary], its role [reading]
     keep_rule: Literal["reject_share", "log_threshold", "outlier_share", "all"] = (
-        "reject_share"  # what lambda is [reading]
+        "reject_share"  # what lambda bounds [reading]
     )
-    lmbda: float = search(0.2, 0.1, 0.5, ge=0, le=100)  # lambda [secondary]
+    lmbda: float = search(0.2, 0.1, 0.5, ge=0, le=100)  # lambda [secondary], its role [reading]
     # PACE
     mode: Literal["sequential_increment", "sequential_cumulative", "data_only", "reversed"] = (
-        "sequential_increment"  # [reading]
+        "sequential_increment"  # stages and their data [reading]
     )
     replay: float = search(0.2, 0.0, 0.5, le=1.0)  # of earlier data, in increments [reading]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Heal:
+        if "base" not in self.parts:
+            raise ValueError(f"parts: base is always one of them, got {list(self.parts)}")
+        if self.anomaly == "random" and self.keep_rule not in ("reject_share", "all"):
+            raise ValueError(
+                f"anomaly: random draws a share to drop, which keep_rule {self.keep_rule!r} does not; "
+                "use reject_share"
+            )
+        if self.lmbda > 1 and self.keep_rule != "log_threshold":
+            raise ValueError(
+                f"lmbda: {self.lmbda:g} is no share; at most 1, or keep_rule log_threshold"
+            )
+        return self
 
     def stages(self, lab: Lab) -> Iterator[Stage]:
         parts = {
@@ -84,28 +117,38 @@ class Heal(Method):
         drawn = lab.samples(lab.teacher, self.samples, purpose="base")
         pools = {"base": self._base(lab, drawn)}
         hard, extreme = self.selected(lab, drawn)
+        hints: list[Trace] = []
         if hard and "hint" in self.parts:
-            pools["hint"] = self.kept(lab, "hint", self.hinted(lab, hard))
+            hints, pools["hint"] = self.kept(lab, "hint", self.hinted(lab, hard))
         if extreme and "repair" in self.parts:
-            pools["repair"] = self.kept(lab, "repair", self.repaired(lab, drawn, extreme), pools.get("hint", {}))  # fmt: skip
-        return {name: pool for name, pool in pools.items() if name in self.parts}
+            found = self.repaired(lab, drawn, extreme)
+            _, pools["repair"] = self.kept(lab, "repair", found, hints)
+        return pools
 
     def selected(
         self, lab: Lab, drawn: Sequence[Sequence[Trace]]
     ) -> tuple[list[Problem], list[Problem]]:
         """Hard problems, p(x) = c(x) / N below `hard`, and those among them that are extremely hard, p(x) at most `extreme`."""
-        hard, extreme, mute = [], [], 0
+        hard, extreme, mute, unread = [], [], 0, 0
         for problem, traces in zip(lab.problems, drawn, strict=True):
             rate = sum(t.correct for t in traces) / max(1, len(traces))
             if rate >= self.hard or not traces:
                 continue
-            if problem.answer is None:  # nothing to hint at
+            if not problem.answer:  # nothing to hint at
                 mute += 1
+                continue
+            if all(t.verdict and t.verdict.status == "error" for t in traces):
+                unread += 1  # no trace can ever be right
                 continue
             hard.append(problem)
             if rate <= self.extreme + 1e-9:
                 extreme.append(problem)
-        lab.note("problems", {"hard": len(hard), "extremely hard": len(extreme), "hard, without an answer to hint at": mute})  # fmt: skip
+        lab.note("problems", {
+            "hard": len(hard),
+            "extremely hard": len(extreme),
+            "hard, without an answer to hint at": mute,
+            "with an answer that cannot be read": unread,
+        })  # fmt: skip
         return hard, extreme
 
     def _base(self, lab: Lab, drawn: Sequence[Sequence[Trace]]) -> dict[str, list[Trace]]:
@@ -147,31 +190,42 @@ class Heal(Method):
         lab: Lab,
         part: str,
         groups: Mapping[str, Sequence[Trace]],
-        taken: Mapping[str, Sequence[Trace]] | None = None,
-    ) -> dict[str, list[Trace]]:
-        """What survives the verifier and PURE, at most `cap` a problem, and how much was dropped where."""
+        taken: Sequence[Trace] = (),
+    ) -> tuple[list[Trace], dict[str, list[Trace]]]:
+        """What survives the verifier, and of that what PURE keeps, at most `cap` a problem; counts what was dropped where."""
         counts = Counter[str](problems=len(groups), candidates=sum(map(len, groups.values())))
-        found = gear.survivors(lab, self, groups, taken or {}, counts)
-        repaired = len({trace.problem.id for trace in found})
-        found = [
-            t for t, stays in zip(found, self.filtered(lab, found, counts), strict=True) if stays
-        ]
+        verified = self.verified(lab, part, groups, taken, counts)
+        stays = self.filtered(lab, verified, counts)
+        found = [trace for trace, stay in zip(verified, stays, strict=True) if stay]
         pool: dict[str, list[Trace]] = {name: [] for name in groups}
-        for trace in sorted(
-            found, key=lambda t: t.index
-        ):  # the first of every path, then the second
+        for trace in sorted(found, key=lambda t: t.index):  # low sample indices of all paths first
             if len(pool[trace.problem.id]) < self.cap:
                 pool[trace.problem.id].append(trace)
         counts["kept by PURE"], counts["kept under the cap"] = len(found), sum(map(len, pool.values()))  # fmt: skip
-        counts["problems with a verified trace"] = repaired
+        solved = counts["problems with a verified trace"]
+        counts["unrepairable problems"] = len(groups) - solved
         counts["problems with a kept trace"] = sum(map(bool, pool.values()))
-        counts["unrepairable problems"] = len(groups) - counts["problems with a kept trace"]
         shares = {
-            "share of problems with a verified trace": repaired / max(1, len(groups)),
-            "share of verified traces kept by PURE": len(found) / max(1, counts["verified"]),
+            "share of problems with a verified trace": solved / max(1, len(groups)),
+            "share of verified traces kept by PURE": len(found) / max(1, len(verified)),
         }
         lab.note(part, {**counts, **shares})
-        return pool
+        return verified, pool
+
+    def verified(
+        self,
+        lab: Lab,
+        part: str,
+        groups: Mapping[str, Sequence[Trace]],
+        taken: Sequence[Trace],
+        counts: Counter[str],
+    ) -> list[Trace]:
+        """The candidates that pass everything but PURE. A text that was verified as a hint is no repair, whether PURE kept it or not."""
+        by_problem: dict[str, list[Trace]] = defaultdict(list)
+        for trace in taken:
+            by_problem[trace.problem.id].append(trace)
+        least = self.min_new_steps if part == "repair" else 0
+        return gear.survivors(lab, self, groups, by_problem, least, counts)
 
     def filtered(self, lab: Lab, traces: Sequence[Trace], counts: Counter[str]) -> list[bool]:
         """Which traces PURE keeps; one that a cap left unscored goes."""

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 WINDOW = 8  # tokens of entropy: token_window
 LEAK = re.compile(
-    r"\b(?:(?:given|provided|supplied|reference|known|correct|expected) (?:final )?answer|hint(?:s|ed)?\b"
-    r"|answer (?:is|was) (?:given|provided|supplied|known)|(?:we are|i am|was|were) (?:told|given) (?:that )?the answer)",
+    r"\b(?:(?:given|provided|supplied|reference|known) (?:final )?answer"
+    r"|the hint\b|a hint (?:says|gives|was)|answer (?:(?:is|was) )?(?:given|provided|supplied|known)"
+    r"|(?:told|given) (?:that )?the (?:final )?answer|for reference, the (?:final )?answer)",
     re.IGNORECASE,
 )
 INLINE = "Wait, the result should come to {answer}; let me find out why.\n"
@@ -124,32 +125,35 @@ def broken(heal: Heal, traces: Sequence[Trace]) -> list[Trace]:
 def prefixes(
     lab: Lab, heal: Heal, solved: Sequence[Trace], failed: Sequence[Trace]
 ) -> list[tuple[Trace, int, int]]:
-    """(failed trace, k* from 1, tokens kept) of each failed trace that could be read."""
-    steps = reader(lab, heal)
-    cut = {id(trace): steps(trace) for trace in [*solved, *failed]}
-    values = dict(zip(map(id, failed), entropies(lab, failed), strict=True))
-    starts = [
-        step_entropies(entropy, cut[id(trace)][:1], heal.entropy)[0]
-        for trace, entropy in zip(solved, entropies(lab, solved), strict=True)
-        if cut[id(trace)] and entropy
-    ]
+    """(failed trace, k* from 1, tokens kept) of each failed trace; entropies are looked at only where they decide."""
+    steps, reference = reader(lab, heal), None
+    values: list[Sequence[float]] = [()] * len(failed)
+    if heal.breakpoint == "surge":
+        values = entropies(lab, failed)
+        if heal.first_step == "reference":
+            starts = [
+                step_entropies(entropy, mine, heal.entropy)[0]
+                for trace, entropy in zip(solved, entropies(lab, solved), strict=True)
+                if (mine := steps(trace)[:1]) and entropy
+            ]
+            reference = float(np.mean(starts)) if starts else None
     found = []
-    for trace in failed:
-        mine = cut[id(trace)]
-        k = 1
-        if mine and values[id(trace)]:
-            means = step_entropies(values[id(trace)], mine, heal.entropy)
-            reference = (
-                float(np.mean(starts)) if starts and heal.first_step == "reference" else None
-            )
-            k = breakpoint_of(heal, trace, mine, surges(means, heal.surge, reference))
+    for trace, entropy in zip(failed, values, strict=True):
+        mine, k = steps(trace), 1
+        if mine and (entropy or heal.breakpoint == "random"):
+            deltas = np.zeros(len(mine))
+            if entropy:
+                deltas = surges(step_entropies(entropy, mine, heal.entropy), heal.surge, reference)
+            k = breakpoint_of(heal, trace, mine, deltas)
         whole = heal.breakpoint == "start" or len(mine) < 2  # nothing stands before the repair
         found.append((trace, k, 0 if whole else kept_tokens(mine, k, heal.backup)))
     return found
 
 
-def sampled(lab: Lab, requests: Sequence[Request], n: int, **how: Any) -> list[list[Trace]]:
-    """n samples of each request; requests that are alike get different ones."""
+def sampled(
+    lab: Lab, requests: Sequence[Request], n: int, *, taken: int = 0, **how: Any
+) -> list[list[Trace]]:
+    """n samples of each request; requests that are alike get different ones, the first `taken` of them none's."""
     places: dict[tuple[str, str, Ids], list[int]] = defaultdict(list)
     for place, request in enumerate(requests):
         places[request.problem.id, request.prompt, request.prefix].append(place)
@@ -157,10 +161,10 @@ def sampled(lab: Lab, requests: Sequence[Request], n: int, **how: Any) -> list[l
     for times in sorted({len(group) for group in places.values()}):
         groups = [group for group in places.values() if len(group) == times]
         asked = [requests[group[0]] for group in groups]
-        drawn = lab.samples(lab.teacher, n * times, requests=asked, **how)
+        drawn = lab.samples(lab.teacher, taken + n * times, requests=asked, **how)
         for group, traces in zip(groups, drawn, strict=True):
             for turn, place in enumerate(group):
-                found[place] = traces[turn * n : (turn + 1) * n]
+                found[place] = traces[taken + turn * n : taken + (turn + 1) * n]
     return [found[place] for place in range(len(requests))]
 
 
@@ -176,20 +180,35 @@ def repair(
     if heal.hint_mode == "inline_think":
         said = [INLINE.format(answer=problem.answer) for problem in problems]
         notes = [lab.teacher.tokenize(text, end=False) for text in said]
+        starts = [prefix or opening(lab) for prefix in kept]
         requests = [
-            Request(lab.prompt(problem), problem, (*prefix, *note))
-            for problem, prefix, note in zip(problems, kept, notes, strict=True)
+            Request(lab.prompt(problem), problem, (*start, *note))
+            for problem, start, note in zip(problems, starts, notes, strict=True)
         ]
         drawn = sampled(lab, requests, heal.candidates, purpose="repair")
         return [
-            [_without(lab, trace, len(prefix), len(note)) for trace in group]
-            for group, prefix, note in zip(drawn, kept, notes, strict=True)
+            [_without(lab, trace, len(start), len(note), len(prefix)) for trace in group]
+            for group, start, note, prefix in zip(drawn, starts, notes, kept, strict=True)
         ]
     requests = [
         Request(turn, problem, prefix)
         for turn, problem, prefix in zip(hinted, problems, kept, strict=True)
     ]
-    return sampled(lab, requests, heal.candidates, purpose="repair")
+    # Where nothing is kept this is the request of the hint part, whose samples are in use already.
+    scratch = [place for place, prefix in enumerate(kept) if not prefix]
+    rest = [place for place, prefix in enumerate(kept) if prefix]
+    used = heal.hints if "hint" in heal.parts else 0
+    found: dict[int, list[Trace]] = {}
+    for places, taken in ((scratch, used), (rest, 0)):
+        asked = [requests[place] for place in places]
+        drawn = sampled(lab, asked, heal.candidates, taken=taken, purpose="repair")
+        found.update(zip(places, drawn, strict=True))
+    return [found[place] for place in range(len(cuts))]
+
+
+def opening(lab: Lab) -> Ids:
+    """What stands before the first step where nothing is kept."""
+    return () if opens_think(lab.teacher) else lab.teacher.tokenize(f"{OPEN}\n", end=False)
 
 
 def _bridged(
@@ -202,8 +221,7 @@ def _bridged(
 ) -> list[list[Trace]]:
     """One step by the teacher who knows the answer, the rest by the teacher who does not."""
     teacher, stop = lab.teacher, "\n" if heal.segment == "line" else "\n\n"
-    opening = () if opens_think(teacher) else teacher.tokenize(f"{OPEN}\n", end=False)
-    starts = [prefix or opening for prefix in kept]  # a bridge is a step inside the think
+    starts = [prefix or opening(lab) for prefix in kept]  # a bridge is a step inside the think
     requests = [Request(*request) for request in zip(hinted, problems, starts, strict=True)]
     bridges = sampled(lab, requests, heal.candidates, purpose="repair", stop=(stop,))
     going: list[tuple[int, Request]] = []
@@ -221,17 +239,20 @@ def _bridged(
     found: list[list[Trace]] = [[] for _ in problems]
     for (place, _), traces in zip(going, drawn, strict=True):
         found[place] += [
-            replace(trace, prefix=len(kept[place]), index=len(found[place])) for trace in traces
+            _from(trace, len(kept[place]), index=len(found[place])) for trace in traces
         ]
     return found
 
 
-def _without(lab: Lab, trace: Trace, start: int, length: int) -> Trace:
+def _from(trace: Trace, prefix: int, **changed: Any) -> Trace:
+    """The trace as new from another token on, without the records that were aligned to the old one."""
+    return replace(trace, prefix=prefix, logprobs=None, entropies=None, **changed)
+
+
+def _without(lab: Lab, trace: Trace, start: int, length: int, prefix: int) -> Trace:
     """The trace without the sentence that was put into it."""
     tokens = (*trace.tokens[:start], *trace.tokens[start + length :])
-    return replace(
-        trace, tokens=tokens, text=lab.teacher.decode(tokens), prefix=start, logprobs=None, entropies=None
-    )  # fmt: skip
+    return _from(trace, prefix, tokens=tokens, text=lab.teacher.decode(tokens))
 
 
 def survivors(
@@ -239,25 +260,30 @@ def survivors(
     heal: Heal,
     groups: Mapping[str, Sequence[Trace]],
     taken: Mapping[str, Sequence[Trace]],
+    least: int,
     counts: Counter[str],
 ) -> list[Trace]:
-    """The candidates that are right, do not mention the hint, have enough new steps, and are not there already."""
+    """The candidates that are right, do not mention the hint, have at least so many new steps, and are not taken already."""
     steps, opened = reader(lab, heal), opens_think(lab.teacher)
     kept = []
     for name, traces in groups.items():
         seen = {trace.text for trace in taken.get(name, ())}
+        solved = False
         for trace in traces:
             reason = rejection(trace, opened)
             written = lab.teacher.decode(trace.tokens[trace.prefix :])
             if reason is None and heal.leak_filter and LEAK.search(written):
                 reason = "mentions the answer it was given"
-            if reason is None:
+            if reason is None and least:
                 new = sum(step.stop > trace.prefix for step in steps(trace))
-                reason = "too few new steps" if new < heal.min_new_steps else None
+                reason = "too few new steps" if new < least else None
+            counts["verified, repeats included"] += reason is None
+            solved |= reason is None
             if reason is None and trace.text in seen:
                 reason = "there already"
             if reason is None:
                 seen.add(trace.text)
                 kept.append(trace)
             counts[reason or "verified"] += 1
+        counts["problems with a verified trace"] += solved
     return kept

@@ -12,6 +12,7 @@ import numpy as np
 from harness.types import Example
 
 Leg = tuple[str, list[Example], float]  # name, examples, share of the budget
+LEAST = 0.01  # of the budget: a leg of few examples gets a step all the same
 
 
 def curriculum(
@@ -20,7 +21,7 @@ def curriculum(
     replay: float,
     rng: np.random.Generator,
 ) -> list[Leg]:
-    """The legs of training; each takes a share of the budget in proportion to its examples, so that all are seen equally often.
+    """The legs of training, each with a share of the budget in proportion to its examples (at least LEAST, before rounding to 1).
 
     sequential_increment: a part's new data, and `replay` times as many examples of the parts before it; sequential_cumulative: all
     data up to a part; data_only: all data at once; reversed: increments from the last part to the first.
@@ -37,4 +38,5 @@ def curriculum(
         legs.append((name, [*earlier, *examples]))
         seen = [*seen, *examples]
     total = sum(len(examples) for _, examples in legs) or 1
-    return [(name, examples, len(examples) / total) for name, examples in legs]
+    shares = [max(LEAST, len(examples) / total) for _, examples in legs]
+    return [(*leg, share / sum(shares)) for leg, share in zip(legs, shares, strict=True)]

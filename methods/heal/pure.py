@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,10 +21,19 @@ if TYPE_CHECKING:
     from methods.heal import Heal
 
 ENOUGH = 10  # candidates of one problem that are pooled by themselves
+SLICE = 256  # traces whose scoring requests are in memory at a time
 
 
 def anomalies(lab: Lab, heal: Heal, traces: Sequence[Trace]) -> list[np.ndarray | None]:
-    """R_k of each trace from its repair point on, the last `exclude_last` steps left out; None where a cap forbade to score."""
+    """R_k of each trace from its repair point on, the last `exclude_last` steps left out; None where a cap forbade to score.
+
+    The uncertainty after each of K steps takes K + 1 passes over ever longer prefixes: about K/2 times the trace's tokens.
+    """
+    parts = [traces[i : i + SLICE] for i in range(0, len(traces), SLICE)]
+    return [values for part in parts for values in _anomalies(lab, heal, part)]
+
+
+def _anomalies(lab: Lab, heal: Heal, traces: Sequence[Trace]) -> list[np.ndarray | None]:
     steps = reader(lab, heal)
     cut = [[step for step in steps(t) if step.stop > t.prefix] for t in traces]
     prompts = [lab.teacher.encode(lab.prompt(trace.problem)) for trace in traces]
@@ -73,7 +83,8 @@ def kept(heal: Heal, names: Sequence[str], values: Sequence[np.ndarray]) -> np.n
     if heal.keep_rule == "log_threshold":
         return scores <= heal.lmbda
     if heal.keep_rule == "outlier_share":
-        low, high = np.percentile(np.concatenate([*values, np.zeros(0)]), [25, 75])
+        steps = np.concatenate([*values, np.zeros(0)])
+        low, high = np.percentile(steps, [25, 75]) if len(steps) else (0.0, 0.0)
         fence = high + 1.5 * (high - low)  # Tukey's
         return np.array([not len(v) or np.mean(v > fence) <= heal.lmbda for v in values])
     return _without_worst(names, scores, heal.lmbda)
@@ -133,11 +144,15 @@ def forced(lab: Lab, trace: Trace) -> tuple[Ids, Ids]:
 
     Mathematics: the gold answer after `Final answer: \\boxed{`, the think closed first. Elsewhere the trace's own verified conclusion.
     """
-    tokenize, (_, closed, tail) = lab.teacher.tokenize, trace.text.rpartition(CLOSE)
-    answer = trace.problem.answer or ""
-    if trace.problem.verifier == "math" or not closed:
-        lead = f"{CLOSE if closed else ''}\n\nFinal answer: \\boxed{{"
+    _, closed, tail = trace.text.rpartition(CLOSE)
+    if trace.problem.verifier == "math":
+        lead, answer = f"{CLOSE if closed else ''}\n\nFinal answer: \\boxed{{", trace.problem.answer
+    elif closed:
+        lead, answer = CLOSE + tail[: len(tail) - len(tail.lstrip())], tail.strip()
     else:
-        answer = tail.strip()
-        lead = CLOSE + tail[: len(tail) - len(tail.lstrip())]
-    return tokenize(lead, end=False), tokenize(answer, end=False)
+        lead, answer = "\n\nFinal answer: ", trace.verdict.extracted if trace.verdict else None
+    # Tokenized as one text, since a token may join the two; it counts as the answer's.
+    tokens = lab.teacher.tokenize(lead + (answer or "?"), end=False)
+    stops = accumulate(len(lab.teacher.decode((token,))) for token in tokens)
+    split = sum(stop <= len(lead) for stop in stops)
+    return tokens[:split], tokens[split:]

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 THIRD = 1 / 3
 SEARCHES: Mapping[str, Mapping[str, Any]] = {  # read beside the suite's own setting
-    "largest surge, first third": {"search_fraction": THIRD, "first_step": "never"},
-    "largest surge, whole trace": {"search_fraction": 1.0, "first_step": "never"},
-    "largest surge, whole trace, step 1 too": {"search_fraction": 1.0, "first_step": "reference"},
+    "largest surge, first third": {"search_fraction": THIRD, "first_step": "never", "breakpoint": "surge"},
+    "largest surge, whole trace": {"search_fraction": 1.0, "first_step": "never", "breakpoint": "surge"},
+    "largest surge, whole trace, step 1 too": {"search_fraction": 1.0, "first_step": "reference", "breakpoint": "surge"},
     "random step, first third": {"search_fraction": THIRD, "first_step": "never", "breakpoint": "random"},
     "random step, whole trace": {"search_fraction": 1.0, "first_step": "reference", "breakpoint": "random"},
 }  # fmt: skip
@@ -43,10 +43,13 @@ def scorecard(lab: Lab, heal: Heal) -> dict[str, Measure | float]:
     failed = [t for traces in drawn for t in gear.broken(heal, traces) if t.problem.id in wanted]
     solved = [t for traces in drawn for t in traces if t.correct]
     rows |= _breakpoints(lab, heal, solved, failed)
-    hints = heal.hinted(lab, hard)
-    found = {"hints": hints, "repairs": heal.repaired(lab, drawn, extreme)}
-    for name, groups in found.items():
-        rows |= _filter(lab, heal, name, groups, hints if name == "repairs" else {})
+    hints = heal.hinted(lab, hard) if "hint" in heal.parts else {}
+    verified = heal.verified(lab, "hint", hints, (), Counter())
+    repairs = heal.repaired(lab, drawn, extreme)
+    rows |= _filter(lab, heal, "hints", hints, verified)
+    rows |= _filter(
+        lab, heal, "repairs", repairs, heal.verified(lab, "repair", repairs, verified, Counter())
+    )
     return rows
 
 
@@ -68,6 +71,9 @@ def _breakpoints(
     rows: dict[str, Measure | float] = {
         "first invalid step: is step 1": Measure([float(k == 1) for k in first], names),
         "first invalid step: in the first third": Measure(early, names),
+        "first third: offers more than one step to choose": Measure(
+            [float(gear.last_searched(steps(t), THIRD, "steps") > 2) for t in failed], names
+        ),
     }
     for name, fields in {"breakpoint": {}, **SEARCHES}.items():
         twin = heal.model_copy(update=dict(fields))
@@ -97,11 +103,10 @@ def _filter(
     heal: Heal,
     name: str,
     groups: Mapping[str, Sequence[Trace]],
-    taken: Mapping[str, Sequence[Trace]],
+    verified: Sequence[Trace],
 ) -> dict[str, Measure | float]:
     oracle: Oracle | None = lab.oracle
     assert oracle is not None
-    verified = gear.survivors(lab, heal, groups, taken, Counter())
     stays = heal.filtered(lab, verified, Counter())
     problems = [trace.problem.id for trace in verified]
     sound = [oracle.sound(trace.problem, trace.text) for trace in verified]

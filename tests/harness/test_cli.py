@@ -51,7 +51,13 @@ def test_methods_lists_all_and_shows_one() -> None:
         assert word in done.stdout
     one = retort("methods", "paced")
     assert "exponent on p (eq. 3)" in one.stdout and "0 to 3" in one.stdout
-    assert "Where we differ and why" in one.stdout
+    assert "Where we differ and why" in one.stdout and "batch_sum1" in one.stdout
+
+
+def test_heal_says_what_each_number_rests_on() -> None:
+    fields = retort("methods", "heal").stdout.partition("search or choices")[2]
+    for tag in ("[paper]", "[secondary]", "[reading]", "[measured]"):
+        assert tag in fields
 
 
 class Tagged(Method):

@@ -121,6 +121,18 @@ def test_a_cap_leaves_the_rest_unscored(tmp_path: Path) -> None:
     assert bench.notes == {"cut by the cap on teacher_scored": True}
 
 
+def test_what_was_paid_under_a_spent_cap_is_there_again(tmp_path: Path) -> None:
+    """A run that is taken up again starts with the ledger it had, cap spent, and must see what it saw."""
+    teacher = counting()
+    bench = lab(tmp_path, teacher, ledger=Ledger({"teacher_scored": 6, "teacher_generated": 20}))
+    scores, traces = bench.scores(teacher, PAIRS), texts(bench.samples(teacher, 2))
+    again = Ledger()
+    again.load(bench._ledger.to_dict())
+    assert again.exhausted("teacher_scored") and again.exhausted("teacher_generated")
+    bench = lab(tmp_path, teacher, ledger=again)
+    assert bench.scores(teacher, PAIRS) == scores and texts(bench.samples(teacher, 2)) == traces
+
+
 def test_what_the_student_scores_is_no_cost_of_the_teachers(tmp_path: Path) -> None:
     bench = lab(tmp_path, counting())
     bench.scores(bench.student, PAIRS[:1])

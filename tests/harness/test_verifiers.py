@@ -442,3 +442,4 @@ def test_steps_of_tokens() -> None:
     assert cut(["a\n", "b", ""]) == ["a\n", "b"]  # no think: all of it, without the end token
     assert cut(["a\n", "b\n", "</think>", "7"]) == ["a\n", "b\n"]  # opened by the template
     assert cut(["<think>", "\na"]) == ["\na"] and cut([]) == cut(["<think>", "</think>"]) == []
+    assert cut(["<think>", "\n\n", "</think>", "\na\n", "b"]) == ["\na\n", "b"]  # a blank think

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
@@ -621,7 +620,7 @@ def test_stages_are_named_and_share_the_budget() -> None:
 
 def test_a_part_without_a_survivor_ends_the_run_before_it_trains() -> None:
     with pytest.raises(
-        ValueError, match=r"stage 'hint' is empty.*'too few new steps': [1-9]"
+        ValueError, match=r"stage 'repair' is empty.*'too few new steps': [1-9]"
     ) as error:
         Run("heal", {**TINY["heal"], "min_new_steps": 99})
     assert "'problems with a kept trace': 0" in str(error.value)
@@ -675,7 +674,225 @@ def test_the_scorecard_reads_lines_as_steps() -> None:
     assert [_step_of_line(lab, trace, steps, line) for line in range(4)] == [1, 1, 2, 2]
 
 
-def test_counts_of_the_scorecard() -> None:
-    assert Counter(
-        gear.LEAK.findall("the expected answer, a hint, the answer was given")
-    ) and not gear.LEAK.search("the answer is 7, as expected")
+@pytest.mark.parametrize("text", [
+    "the given answer", "the reference final answer", "a known answer", "using the hint", "a hint says so",
+    "the answer was given", "the answer provided", "We are told that the answer is 42", "we're told the final answer",
+    "given the answer, go back", "For reference, the final answer is",
+])  # fmt: skip
+def test_texts_that_mention_the_answer_they_were_given(text: str) -> None:
+    assert gear.LEAK.search(f"So {text} 42.")
+
+
+@pytest.mark.parametrize("text", [
+    "the answer is 7, as expected", "So the correct answer is 7", "type hints for f", "as the problem hints, use parity",
+    "the sum is given",
+])  # fmt: skip
+def test_texts_that_do_not(text: str) -> None:
+    assert not gear.LEAK.search(text)
+
+
+def test_a_repair_from_scratch_is_no_hint_again() -> None:
+    """Both ask the same; the repairs go on where the hints' sample indices end."""
+    teacher = Teacher([surging(BAD, at=4)], going_on)
+    lab = teacher.lab()
+    fields = {
+        "samples": 1,
+        "hard": 1.0,
+        "extreme": 0.5,
+        "hints": 3,
+        "paths": 1,
+        "candidates": 2,
+        "breakpoint": "start",
+    }
+    pools = heal(**fields, keep_rule="all").pools(lab)
+    assert [t.text[8] for t in pools["hint"]["p"]] == ["x"] * 3
+    assert [t.index for t in pools["hint"]["p"]] == [0, 1, 2]
+    assert [t.index for t in pools["repair"]["p"]] == [3, 4]
+    alone = heal(**fields, keep_rule="all", parts=("base", "repair")).pools(teacher.lab())
+    assert [t.index for t in alone["repair"]["p"]] == [0, 1]
+
+
+def test_a_text_that_was_a_hint_is_no_repair_even_if_pure_dropped_it() -> None:
+    teacher = Teacher(
+        [surging(BAD, at=4)],
+        lambda request, index: "<think>\nab\ncd\nef\nx\n</think>\n7"[len(request.prefix) :],
+    )
+    lab = teacher.lab()
+    fields = {"samples": 1, "hard": 1.0, "extreme": 0.5, "hints": 1, "paths": 1, "candidates": 2}
+    # The threshold is below every score: PURE keeps nothing.
+    pools = heal(**fields, keep_rule="log_threshold", lmbda=0.0).pools(lab)
+    assert pools["hint"]["p"] == pools["repair"]["p"] == []
+    counts = lab.notes["repair"]
+    assert (counts["there already"], counts.get("verified", 0)) == (2, 0)
+    # GEAR did repair it, whatever is trained on.
+    assert counts["problems with a verified trace"] == 1 and counts["unrepairable problems"] == 0
+
+
+def test_the_cap_holds_for_every_part() -> None:
+    teacher = Teacher(
+        [surging(RIGHT, at=0), surging(BAD, at=4), surging(RIGHT, at=0), surging(BAD, at=2)],
+        going_on,
+    )
+    lab = teacher.lab()
+    fields = {
+        "samples": 4,
+        "hard": 1.0,
+        "extreme": 0.5,
+        "hints": 4,
+        "paths": 2,
+        "candidates": 3,
+        "keep_rule": "all",
+    }
+    pools = heal(**fields, cap=2).pools(lab)
+    assert {name: len(pool["p"]) for name, pool in pools.items()} == {
+        "base": 1 + 1,
+        "hint": 2,
+        "repair": 2,
+    }
+    assert heal(**fields, cap=1).pools(lab)["base"]["p"][0].index == 0
+    assert {t.index for t in pools["repair"]["p"]} == {0}  # one of each path before a second of any
+
+
+def test_a_leak_in_what_was_kept_is_no_leak() -> None:
+    unaided = BAD.replace("ab", "given answer")
+    _, lab = repaired({"backup": 1}, [surging(unaided, at=4)])
+    assert "mentions the answer it was given" not in lab.notes["repair"]  # type: ignore[attr-defined]
+
+
+def test_problems_that_nothing_can_solve_are_not_repaired() -> None:
+    items = [Problem("p", "p", "$", verifier="math"), Problem("q", "q", "", verifier="exact")]
+    author = Scripted({"p": ["\\boxed{7}"], "q": ["7"]}, name="teacher")
+    lab = Workbench(
+        author,
+        {"teacher": lambda: author},
+        items,
+        Store(shared_store() / f"heal-{next(FRESH)}"),
+        Ledger(),
+        SAMPLING,
+    )
+    assert heal().selected(lab, lab.samples(author, 2)) == ([], [])
+    counts = lab.notes["problems"]
+    assert (
+        counts["with an answer that cannot be read"],
+        counts["hard, without an answer to hint at"],
+    ) == (1, 1)
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    for fields, words in (
+        ({"parts": ("hint",)}, "base is always one of them"),
+        ({"anomaly": "random", "keep_rule": "outlier_share"}, "use reject_share"),
+        ({"lmbda": 2.0}, "is no share"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            registry.build("heal", fields)
+
+
+def test_random_controls_are_functions_of_what_they_serve() -> None:
+    items = PROBLEMS["micro_math"].load("train", 12, levels=(6, 7), families=("reduce",))
+    fields = {**TINY["heal"], "hints": 8, "cap": 30, "anomaly": "random", "breakpoint": "random"}
+    one, again, other = (
+        Run("heal", fields, items=items, seed=seed, train=False) for seed in (0, 0, 1)
+    )
+    assert one.examples == again.examples and one.examples != other.examples
+    assert (
+        one.lab.notes["gear"] == other.lab.notes["gear"]
+        and other.ledger.spent["teacher_generated"] == 0
+    )
+    dropped = one.lab.notes["hint"]["verified"] - one.lab.notes["hint"]["kept by PURE"]
+    assert dropped == int(0.2 * one.lab.notes["hint"]["verified"]) > 0
+
+
+def test_the_scorecard_on_the_micro_world() -> None:
+    items = PROBLEMS["micro_math"].load("train", 24, levels=(6, 7), families=("reduce",))
+    fields = {
+        "samples": 4,
+        "hints": 4,
+        "paths": 2,
+        "candidates": 4,
+        "hard": 1.0,
+        "extreme": 0.5,
+        **LINES,
+    }
+    run = Run("heal", fields, items=items, train=False)
+    rows = run.method.mechanisms(run.lab)
+
+    def mean(name: str) -> float:
+        return float(np.mean(rows[name].values))  # type: ignore[union-attr]
+
+    sides = [
+        f"breakpoint: {side}" for side in ("at the first invalid step", "before it", "after it")
+    ]
+    assert sum(map(mean, sides)) == pytest.approx(1)
+    # As set is: the largest surge of the whole trace, step 1 too.
+    twin = "largest surge, whole trace, step 1 too: at the first invalid step"
+    assert rows[sides[0]] == rows[twin]
+    assert (
+        mean("largest surge, whole trace: before it") <= 1
+        and "repairs: verified traces that PURE keeps" in rows
+    )
+    assert mean("hints: problems with a verified and valid trace") <= mean(
+        "hints: problems with a verified trace"
+    )
+    random = Run(
+        "heal", {**fields, "breakpoint": "random", "anomaly": "random"}, items=items, train=False
+    )
+    others = random.method.mechanisms(random.lab)
+    assert (
+        others[twin] == rows[twin]
+        and others[sides[0]] == others["random step, whole trace: at the first invalid step"]
+    )
+    told = rows["hints: AUC for an invalid or skipped step, perplexity alone"]
+    assert told.labels and len(told.labels) == len(told.values) == len(told.problems)  # type: ignore[union-attr]
+
+
+def test_a_prefix_that_ends_inside_a_step_leaves_the_rest_to_be_scored() -> None:
+    asked: list[Any] = []
+    trace = trace_of("<think>\nab\ncdef\n</think>\n7", prefix=len("<think>\nab\ncd"))
+
+    def scores(prompt: Ids, response: Ids) -> Scores:
+        asked.append(bytes(t for t in prompt if t < 256))
+        values = [-float(i) for i in range(len(response))]
+        return Scores(tuple(values), (0.0,) * len(response))
+
+    (found,) = scored([trace], scores, anomaly="perplexity")
+    # Of the step "cdef\n" (tokens 11 to 15) only 13, 14 and 15 are new.
+    assert found == pytest.approx([14.0])
+    (found,) = scored([trace], scores, anomaly="jump")
+    assert any(
+        prompt.endswith(b"<think>\nab\ncd</think>\n") for prompt in asked
+    )  # U before it: where the text stood
+
+
+def test_a_sentence_from_scratch_stands_inside_the_think() -> None:
+    teacher = Teacher(
+        [surging("<think>\nab\n</think>\n8", at=1)], lambda request, index: "y\n</think>\n7"
+    )
+    lab = teacher.lab()
+    method = heal(
+        hint_mode="inline_think",
+        samples=1,
+        extreme=0.5,
+        candidates=1,
+        paths=1,
+        keep_rule="all",
+        parts=("base", "repair"),
+    )
+    (trace,) = method.pools(lab)["repair"]["p"]
+    assert (trace.text, trace.prefix) == ("<think>\ny\n</think>\n7", 0)
+
+
+def test_entropies_are_asked_for_only_where_they_decide() -> None:
+    for fields, scored_tokens in (
+        ({"breakpoint": "random"}, 0),
+        ({"breakpoint": "start"}, 0),
+        ({}, 2),
+    ):
+        asked: list[Any] = []
+
+        def scores(prompt: Ids, response: Ids, asked: list[Any] = asked) -> Scores:
+            asked.append(response)
+            return flat(prompt, response)
+
+        repaired({**fields, "keep_rule": "all"}, [BAD, RIGHT], scores=scores)
+        assert len(asked) == scored_tokens, fields
