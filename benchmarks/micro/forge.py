@@ -1,8 +1,8 @@
 """Train the micro teacher and the base student from seeds: `python -m benchmarks.micro.forge`.
 
-Plain supervised training on fresh problems of the train split. The teacher sees the upper levels seldom (so that it errs
-late rather than at once) and a third of its prompts carry the answer as a hint; the student is thinner still, hardly knows
-hints, and is taught the other valid order of steps.
+Plain supervised training on fresh problems of the train split. A third of the teacher's prompts carry the answer as a hint, and
+the top levels stand only in those: it knows their length, errs anywhere in them, and does better with a hint, by derivations and
+by shortcuts. The student is thinner still, hardly knows hints, and is taught the other valid order of steps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Recipe:
     steps: int
     order: math.Order  # of the solutions it is taught
     hinted: float  # share of prompts with a hint
-    mixture: Mapping[str, Mapping[int, float]]  # family -> level -> weight
+    mixture: Mapping[str, Mapping[int, float]]  # family -> level -> weight, without a hint
+    hint_mixture: Mapping[str, Mapping[int, float]] | None = None  # with one; None: the same
     batch: int = 64
     matrix_lr: float = 0.02  # of Muon
     lr: float = 3e-3  # of AdamW, for embeddings and norms
@@ -70,9 +71,14 @@ TEACHER = Recipe(
     order="right",
     hinted=0.35,
     mixture={
-        "reduce": {1: 8, 2: 10, 3: 10, 4: 6, 5: 1.2, 6: 0.3, 7: 0.1},
-        "solve": {1: 6, 2: 8, 3: 6, 4: 1.5, 5: 0.3, 6: 0.1},
+        "reduce": {1: 8, 2: 10, 3: 10, 4: 6, 5: 0.8},
+        "solve": {1: 6, 2: 8, 3: 6, 4: 1.5, 5: 0.2},
         "code": {2: 5, 3: 5, 4: 4, 5: 1.2, 6: 0.2},
+    },
+    hint_mixture={
+        "reduce": {1: 4, 2: 5, 3: 6, 4: 6, 5: 2.8, 6: 1.2, 7: 0.7},
+        "solve": {1: 3, 2: 4, 3: 5, 4: 4, 5: 2, 6: 1},
+        "code": {2: 3, 3: 4, 4: 4, 5: 2, 6: 1},
     },
 )
 STUDENT = Recipe(
@@ -85,9 +91,9 @@ STUDENT = Recipe(
     order="left",
     hinted=0.1,
     mixture={
-        "reduce": {1: 12, 2: 12, 3: 0.8, 4: 0.3, 5: 0.1},
-        "solve": {1: 9, 2: 2, 3: 0.4, 4: 0.1},
-        "code": {2: 2, 3: 1.2, 4: 0.6, 5: 0.2},
+        "reduce": {1: 10, 2: 12, 3: 2, 4: 1, 5: 0.5, 6: 0.25, 7: 0.12},
+        "solve": {1: 8, 2: 3, 3: 1, 4: 0.5, 5: 0.25, 6: 0.12},
+        "code": {2: 2, 3: 1.2, 4: 0.6, 5: 0.3, 6: 0.1},
     },
 )
 
@@ -95,15 +101,22 @@ STUDENT = Recipe(
 def lessons(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Endless (user turn, response) pairs in the recipe's proportions, from the train split only."""
     rng = random.Random(recipe.seed)
-    cells = [(family, level) for family in recipe.mixture for level in recipe.mixture[family]]
-    weights = [recipe.mixture[family][level] for family, level in cells]
+    tables = [_cells(recipe.mixture), _cells(recipe.hint_mixture or recipe.mixture)]
     while True:
-        family, level = rng.choices(cells, weights)[0]
+        hinted = rng.random() < recipe.hinted
+        family, level = rng.choices(*tables[hinted])[0]
         problem = DRAW[family](rng, level)
         if split_of(problem.prompt) == "train":
             solution = (code if problem.domain == "code" else math).solution(problem, recipe.order)
-            hint = problem.answer if rng.random() < recipe.hinted else None
-            yield render(problem, hint), solution
+            yield render(problem, problem.answer if hinted else None), solution
+
+
+def _cells(
+    mixture: Mapping[str, Mapping[int, float]],
+) -> tuple[list[tuple[str, int]], list[float]]:
+    """(family, level) pairs and their weights."""
+    cells = [(family, level) for family in mixture for level in mixture[family]]
+    return cells, [mixture[family][level] for family, level in cells]
 
 
 def encode(tok: PreTrainedTokenizerFast, turn: str, solution: str) -> tuple[list[int], int]:
@@ -214,6 +227,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             save(model, tok, arguments.out / recipe.name)
             facts = {"seed": recipe.seed, "steps": recipe.steps, "batch": recipe.batch}
+            facts["threads"] = arguments.threads  # decides the last bits
             scores.record(
                 arguments.out, recipe.name, model, tok, arguments.problems, facts, seconds
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.types import Oracle, Problem, Split
 
-MICRO_VERSION = 1  # raise it when a problem, a split, a token or a checkpoint changes
+MICRO_VERSION = 2  # raise it when a problem, a split, a token or a checkpoint changes
 
 SIZES: Mapping[Split, int] = {"train": 10_000, "dev": 500, "test": 1_000}
 PATIENCE = 500  # draws without a new problem after which a level counts as used up
