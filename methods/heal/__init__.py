@@ -7,7 +7,7 @@ world, where it departs from the paper's reading; paper.yaml keeps that one).
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -117,12 +117,10 @@ class Heal(Method):
         drawn = lab.samples(lab.teacher, self.samples, purpose="base")
         pools = {"base": self._base(lab, drawn)}
         hard, extreme = self.selected(lab, drawn)
-        hints: list[Trace] = []
         if hard and "hint" in self.parts:
-            hints, pools["hint"] = self.kept(lab, "hint", self.hinted(lab, hard))
+            pools["hint"] = self.kept(lab, "hint", self.hinted(lab, hard))
         if extreme and "repair" in self.parts:
-            found = self.repaired(lab, drawn, extreme)
-            _, pools["repair"] = self.kept(lab, "repair", found, hints)
+            pools["repair"] = self.kept(lab, "repair", self.repaired(lab, drawn, extreme))
         return pools
 
     def selected(
@@ -186,23 +184,21 @@ class Heal(Method):
         return found
 
     def kept(
-        self,
-        lab: Lab,
-        part: str,
-        groups: Mapping[str, Sequence[Trace]],
-        taken: Sequence[Trace] = (),
-    ) -> tuple[list[Trace], dict[str, list[Trace]]]:
+        self, lab: Lab, part: str, groups: Mapping[str, Sequence[Trace]]
+    ) -> dict[str, list[Trace]]:
         """What survives the verifier, and of that what PURE keeps, at most `cap` a problem; counts what was dropped where."""
         counts = Counter[str](problems=len(groups), candidates=sum(map(len, groups.values())))
-        verified = self.verified(lab, part, groups, taken, counts)
+        verified = self.verified(lab, part, groups, counts)
         stays = self.filtered(lab, verified, counts)
         found = [trace for trace, stay in zip(verified, stays, strict=True) if stay]
         pool: dict[str, list[Trace]] = {name: [] for name in groups}
         for trace in sorted(found, key=lambda t: t.index):  # low sample indices of all paths first
             if len(pool[trace.problem.id]) < self.cap:
                 pool[trace.problem.id].append(trace)
+        solved = len({trace.problem.id for trace in verified})
         counts["kept by PURE"], counts["kept under the cap"] = len(found), sum(map(len, pool.values()))  # fmt: skip
-        solved = counts["problems with a verified trace"]
+        counts["different texts among them"] = len({t.text for traces in pool.values() for t in traces})  # fmt: skip
+        counts["problems with a verified trace"] = solved
         counts["unrepairable problems"] = len(groups) - solved
         counts["problems with a kept trace"] = sum(map(bool, pool.values()))
         shares = {
@@ -210,22 +206,14 @@ class Heal(Method):
             "share of verified traces kept by PURE": len(found) / max(1, len(verified)),
         }
         lab.note(part, {**counts, **shares})
-        return verified, pool
+        return pool
 
     def verified(
-        self,
-        lab: Lab,
-        part: str,
-        groups: Mapping[str, Sequence[Trace]],
-        taken: Sequence[Trace],
-        counts: Counter[str],
+        self, lab: Lab, part: str, groups: Mapping[str, Sequence[Trace]], counts: Counter[str]
     ) -> list[Trace]:
-        """The candidates that pass everything but PURE. A text that was verified as a hint is no repair, whether PURE kept it or not."""
-        by_problem: dict[str, list[Trace]] = defaultdict(list)
-        for trace in taken:
-            by_problem[trace.problem.id].append(trace)
+        """The candidates that pass everything but PURE."""
         least = self.min_new_steps if part == "repair" else 0
-        return gear.survivors(lab, self, groups, by_problem, least, counts)
+        return gear.survivors(lab, self, groups, least, counts)
 
     def filtered(self, lab: Lab, traces: Sequence[Trace], counts: Counter[str]) -> list[bool]:
         """Which traces PURE keeps; one that a cap left unscored goes."""

@@ -44,12 +44,9 @@ def scorecard(lab: Lab, heal: Heal) -> dict[str, Measure | float]:
     solved = [t for traces in drawn for t in traces if t.correct]
     rows |= _breakpoints(lab, heal, solved, failed)
     hints = heal.hinted(lab, hard) if "hint" in heal.parts else {}
-    verified = heal.verified(lab, "hint", hints, (), Counter())
     repairs = heal.repaired(lab, drawn, extreme)
-    rows |= _filter(lab, heal, "hints", hints, verified)
-    rows |= _filter(
-        lab, heal, "repairs", repairs, heal.verified(lab, "repair", repairs, verified, Counter())
-    )
+    rows |= _filter(lab, heal, "hints", hints, heal.verified(lab, "hint", hints, Counter()))
+    rows |= _filter(lab, heal, "repairs", repairs, heal.verified(lab, "repair", repairs, Counter()))
     return rows
 
 

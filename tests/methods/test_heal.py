@@ -225,7 +225,7 @@ def test_which_failed_traces_are_repaired() -> None:
 def test_each_dropped_candidate_has_its_reason() -> None:
     says = [
         "x\n</think>\n7",  # kept
-        "x\n</think>\n7",  # there already
+        "x\n</think>\n7",  # kept: how often the teacher says it counts, as in the base part
         "x\n</think>\n8",  # wrong
         Reply("y\n</think>\n7", finished=False),
         "the given answer is\n</think>\n7",
@@ -237,19 +237,19 @@ def test_each_dropped_candidate_has_its_reason() -> None:
     counts = lab.notes["repair"]  # type: ignore[attr-defined]
     reasons = (
         "verified",
-        "there already",
         "wrong",
         "truncated",
         "mentions the answer it was given",
         "too few new steps",
     )
-    assert [counts[reason] for reason in reasons] == [1] * 6  # fmt: skip
+    assert [counts[reason] for reason in reasons] == [2, 1, 1, 1, 1]  # fmt: skip
+    assert counts["kept under the cap"] == 2 and counts["different texts among them"] == 1
     assert counts["problems with a kept trace"] == 1 and counts["unrepairable problems"] == 0
     _, lab = repaired(
         {"candidates": 6, "leak_filter": False, "min_new_steps": 0}, [surging(BAD, at=4)],
         says=lambda request, index: says[index],
     )  # fmt: skip
-    assert lab.notes["repair"]["verified"] == 3  # type: ignore[attr-defined]
+    assert lab.notes["repair"]["verified"] == 4  # type: ignore[attr-defined]
 
 
 def test_the_problem_that_stays_unsolved_is_counted() -> None:
@@ -710,22 +710,6 @@ def test_a_repair_from_scratch_is_no_hint_again() -> None:
     assert [t.index for t in pools["repair"]["p"]] == [3, 4]
     alone = heal(**fields, keep_rule="all", parts=("base", "repair")).pools(teacher.lab())
     assert [t.index for t in alone["repair"]["p"]] == [0, 1]
-
-
-def test_a_text_that_was_a_hint_is_no_repair_even_if_pure_dropped_it() -> None:
-    teacher = Teacher(
-        [surging(BAD, at=4)],
-        lambda request, index: "<think>\nab\ncd\nef\nx\n</think>\n7"[len(request.prefix) :],
-    )
-    lab = teacher.lab()
-    fields = {"samples": 1, "hard": 1.0, "extreme": 0.5, "hints": 1, "paths": 1, "candidates": 2}
-    # The threshold is below every score: PURE keeps nothing.
-    pools = heal(**fields, keep_rule="log_threshold", lmbda=0.0).pools(lab)
-    assert pools["hint"]["p"] == pools["repair"]["p"] == []
-    counts = lab.notes["repair"]
-    assert (counts["there already"], counts.get("verified", 0)) == (2, 0)
-    # GEAR did repair it, whatever is trained on.
-    assert counts["problems with a verified trace"] == 1 and counts["unrepairable problems"] == 0
 
 
 def test_the_cap_holds_for_every_part() -> None:
