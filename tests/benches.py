@@ -86,6 +86,10 @@ class Refusing:
         return getattr(self._model, name)
 
 
+class Cut(Exception):
+    """A run that was ended from outside."""
+
+
 class Run:
     """One method trained for a few steps, with everything that a test may look at."""
 
@@ -101,6 +105,8 @@ class Run:
         caps: dict[str, int] | None = None,
         train: bool = True,
         teacher: Any = None,
+        checkpoint: Path | None = None,
+        cut_after: int | None = None,
     ) -> None:
         self.method: Method = registry.build(name, TINY.get(name, {}) if fields is None else fields)
         self.student, self.ledger = model("student"), Ledger(caps)
@@ -108,7 +114,16 @@ class Run:
             need.partition(".")[2] for need in self.method.needs if need.startswith("teacher.")
         ]
         self.teacher = teacher or Refusing(model("teacher").freeze(), needs)
-        self.trainer = Trainer(self.student, TRAINING, Budget(steps=steps), seed, self.ledger)
+        self.cut_after = cut_after  # optimizer steps
+        self.trainer = Trainer(
+            self.student,
+            TRAINING,
+            Budget(steps=steps),
+            seed,
+            self.ledger,
+            checkpoint=checkpoint,
+            report=self._report,
+        )
         self.lab = Workbench(
             self.student,
             {"base": lambda: model("student").freeze(), "teacher": lambda: self.teacher},
@@ -120,6 +135,7 @@ class Run:
             oracle=PROBLEMS["micro_math"].oracle,
             clock=lambda: self.trainer.clock,
         )
+        self.lab.notes.update(self.trainer.resume() or {})
         self.stages: list[Stage] = []
         self.examples: list[list[Example]] = []
         for index, stage in enumerate(self.method.stages(self.lab)):
@@ -127,6 +143,10 @@ class Run:
             self.examples.append(self._examples(stage))
             if train:
                 self.trainer.run(index, stage, lambda: self.lab.teacher, self.lab.notes)
+
+    def _report(self, phase: str, done: int, total: int) -> None:
+        if phase == "train" and done == self.cut_after:
+            raise Cut
 
     def _examples(self, stage: Stage) -> list[Example]:
         if isinstance(stage.source, OffPolicy):

@@ -13,7 +13,7 @@ import pytest
 from harness import problems, registry
 from harness.config import parse
 from harness.store import digest
-from tests.benches import TINY, Run, model
+from tests.benches import TINY, Cut, Run, model
 
 NAMES = sorted(registry.methods())
 
@@ -72,6 +72,19 @@ def test_a_training_seed_changes_the_student_and_no_teacher_sample(run: Run) -> 
     other = Run(run.method.name, seed=1)
     assert other.student.identity != run.student.identity
     assert other.ledger.spent["teacher_generated"] == 0
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_that_was_cut_ends_in_the_same_student(run: Run, steps: int, tmp_path: Path) -> None:
+    """Executed again from its start, a method meets the student as it was between the stages, and the same samples."""
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(Cut):
+        Run(run.method.name, checkpoint=path, cut_after=steps)
+    again = Run(run.method.name, checkpoint=path)
+    assert again.losses == run.losses and again.student.identity == run.student.identity
+    for quantity in ("teacher_generated", "teacher_scored", "trained", "steps"):
+        assert again.ledger.charged[quantity] == run.ledger.charged[quantity]
+    assert again.ledger.purposes == run.ledger.purposes
 
 
 def test_its_config_survives_json_and_says_what_each_field_means(run: Run) -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 from pydantic import model_validator
 
 from harness.config import search
@@ -177,6 +178,12 @@ class Heal(Method):
         cuts = gear.prefixes(lab, self, solved, failed)
         counts["failed traces"] = len(cuts)
         counts["of them from scratch"] = sum(kept == 0 for _, _, kept in cuts)
+        shares = [kept / len(trace.tokens) for trace, _, kept in cuts if trace.tokens]
+        tall, edges = np.histogram(shares, bins=10, range=(0, 1))
+        lab.note(
+            "gear: share of a failed trace that is kept",
+            {"edges": edges.tolist(), "counts": tall.tolist()},
+        )
         found: dict[str, list[Trace]] = {problem.id: [] for problem in problems}
         for (trace, _, _), group in zip(cuts, gear.repair(lab, self, cuts, counts), strict=True):
             found[trace.problem.id] += group

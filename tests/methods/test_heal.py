@@ -162,6 +162,8 @@ def test_the_prefix_ends_before_the_surge() -> None:
         teacher, lab = repaired(fields, base)
         assert set(prefixes_asked(teacher, lab)) == {kept}, fields
         assert {"hint: 7" in request.prompt for request in teacher.asked} == {True}
+        shares = lab.notes["gear: share of a failed trace that is kept"]  # type: ignore[attr-defined]
+        assert shares["counts"][int(10 * len(kept) / (len(BAD) + 1))] == 1 == sum(shares["counts"])
 
 
 def test_step_one_is_the_breakpoint_where_it_is_less_sure_than_those_of_solved_problems() -> None:
