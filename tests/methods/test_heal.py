@@ -286,6 +286,20 @@ def test_a_bridge_is_one_hinted_step_that_does_not_say_the_answer() -> None:
     assert {t.prefix for t in pool} == {len("<think>\nab\ncd\nef\n")}  # the bridge is new too
 
 
+def test_a_bridge_from_scratch_opens_the_think_and_one_that_was_cut_is_none() -> None:
+    def says(request: Request, index: int) -> Any:
+        if "hint: " not in request.prompt:
+            return "y\n</think>\n7"
+        return ["uv\nrest", Reply("wx", finished=False)][index]
+
+    teacher = Teacher([surging("<think>\nab\n</think>\n8", at=1)], says)
+    lab = teacher.lab()
+    fields = {"samples": 1, "extreme": 0.5, "candidates": 2, "paths": 1, "keep_rule": "all"}
+    pools = heal(hint_mode="bridge_step", parts=("base", "repair"), **fields).pools(lab)
+    assert [t.text for t in pools["repair"]["p"]] == ["<think>\nuv\ny\n</think>\n7"]
+    assert lab.notes["gear"]["bridge is no step"] == 1
+
+
 def test_a_sentence_put_into_the_think_is_cut_out_again() -> None:
     teacher = Teacher([surging(BAD, at=4)], lambda request, index: f"y{index}\n</think>\n7")
     lab = teacher.lab()
@@ -735,7 +749,7 @@ def test_the_cap_holds_for_every_part() -> None:
         "hint": 2,
         "repair": 2,
     }
-    assert heal(**fields, cap=1).pools(lab)["base"]["p"][0].index == 0
+    assert [t.index for t in heal(**fields, cap=1).pools(lab)["base"]["p"]] == [0]
     assert {t.index for t in pools["repair"]["p"]} == {0}  # one of each path before a second of any
 
 
