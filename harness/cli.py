@@ -174,7 +174,8 @@ def methods(
     out.print(Markdown(registry.card(cls)))
     table = Table("field", "default", "search or choices", "meaning", box=None, pad_edge=False)
     for field in registry.fields(cls):
-        texts = (_short(field.default), _range(field.search), field.meaning)
+        allowed = _range(field.search) or ", ".join(map(str, field.choices))
+        texts = (_short(field.default), allowed, field.meaning)
         table.add_row(field.name, *map(escape, texts))  # a meaning may say [paper]
     out.print(table)
 

@@ -58,20 +58,20 @@ def compare(
 ) -> dict[str, Any]:
     """Run a comparison and return its summary; what is done already is not done again."""
     setting = experiment(suite, overrides)
-    labels = _labels(setting, methods)
+    labels = chosen(setting, methods)
     setting = _smaller(setting, seeds, limit)
     use_data(setting)
     check(setting, labels)
     results = Path(results)
     folder = results / setting.name
     store = store or Path(os.environ.get("RETORT_STORE", results / "store"))
-    _writable(folder, store)
+    check_writable(folder, store)
     contamination = prepare(setting, folder)
     jobs = cell.jobs(setting, labels, folder, store)
     for job in jobs:
         if job.label != "base":
             cell.recorded(job, setting)  # refuses another configuration before anything runs
-    with Display(len(jobs)) if not quiet else _Silent() as display:
+    with Display(len(jobs)) if not quiet else Silent() as display:
         run(jobs, setting.workers, display)
     if os.environ.get("RANK", "0") != "0":
         return {}
@@ -206,8 +206,10 @@ def _pump(queue: Any, display: Any) -> None:
             display(*event)
 
 
-class _Silent:
-    def __enter__(self) -> _Silent:
+class Silent:
+    """A display that shows nothing."""
+
+    def __enter__(self) -> Silent:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -315,7 +317,8 @@ def _commit() -> str | None:
         return None
 
 
-def _labels(setting: Experiment, methods: Sequence[str] | None) -> list[str]:
+def chosen(setting: Experiment, methods: Sequence[str] | None) -> list[str]:
+    """The arms asked for, in the suite's order."""
     if methods is None:
         return list(setting.methods)
     for label in methods:
@@ -326,7 +329,8 @@ def _labels(setting: Experiment, methods: Sequence[str] | None) -> list[str]:
     return [label for label in setting.methods if label in methods]
 
 
-def _writable(*folders: Path) -> None:
+def check_writable(*folders: Path) -> None:
+    """Refuse folders that cannot be written to, or a disk that is nearly full."""
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)

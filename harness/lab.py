@@ -141,7 +141,15 @@ class Workbench:
             ]
 
         rows = self._store.get("scores", group, wanted)
-        self._fill("scores", group, rows, blocks, set(wanted), make, f"{purpose}: scores")
+        self._fill(
+            "scores",
+            group,
+            rows,
+            blocks,
+            set(wanted),
+            make,
+            f"{'student' if student else 'teacher'} scores",
+        )
         found = {k: Scores(tuple(r["logprobs"]), tuple(r["entropies"])) for k, r in rows.items()}
         return [found.get(key) for key in keys]
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 
 from harness import cell, problems, registry, report
 from harness.cell import Job
-from harness.compare import _labels, _Silent, _writable, check, experiment, prepare, use_data
+from harness.compare import Silent, check, check_writable, chosen, experiment, prepare, use_data
 from harness.config import Experiment
 from harness.lab import Workbench
 from harness.ledger import Ledger
@@ -38,7 +39,7 @@ def scorecard(
 ) -> dict[str, Any]:
     """Score every arm that defines `mechanisms`, write results/NAME/mechanisms.json and return what it holds."""
     setting = experiment(suite, overrides)
-    labels = _labels(setting, methods)
+    labels = chosen(setting, methods)
     use_data(setting)
     check(setting, labels)
     _check_oracle(setting)
@@ -46,7 +47,7 @@ def scorecard(
     results = Path(results)
     folder = results / setting.name
     store = store or Path(os.environ.get("RETORT_STORE", results / "store"))
-    _writable(folder, store)
+    check_writable(folder, store)
     prepare(setting, folder)
     data = setting.model_dump(mode="json")
     jobs = [Job(data, label, 0, setting.data_seeds[0], folder, store) for label in arms]
@@ -55,7 +56,7 @@ def scorecard(
     torch.set_num_threads(setting.threads or max(1, (os.cpu_count() or 1) // setting.workers))
     student = cell.student_model(setting.student).freeze()
     card: dict[str, Any] = {"arms": {}}
-    with Display(len(jobs)) if not quiet else _Silent() as display:
+    with Display(len(jobs)) if not quiet else Silent() as display:
         for job in jobs:
             card["arms"][job.label] = _rows(job, setting, student, limit, display)
             display.finish(job.name)
@@ -128,7 +129,10 @@ def row(name: str, measure: Measure | float) -> dict[str, Any]:
 
 
 def estimate(name: str, measure: Measure) -> tuple[float | None, list[float] | None]:
-    """A measure's mean or AUC, and its 95 % percentile interval by bootstrap over problems."""
+    """A measure's mean or AUC, and its 95 % percentile interval by bootstrap over problems.
+
+    A share of 0 or 1 has Wilson's interval, its problems as the cases.
+    """
     values = np.asarray(measure.values, dtype=float)
     labels = None if measure.labels is None else np.asarray(measure.labels, dtype=bool)
     lengths = {len(values), len(measure.problems), len(values if labels is None else labels)}
@@ -148,6 +152,9 @@ def estimate(name: str, measure: Measure) -> tuple[float | None, list[float] | N
     value = float(statistic(np.ones((1, len(ids))))[0])
     if not math.isfinite(value):
         return None, None
+    if labels is None and value in (0.0, 1.0):  # resamples of all or none are all alike
+        found = binomtest(round(value * len(ids)), len(ids)).proportion_ci(method="wilson")
+        return value, [float(found.low), float(found.high)]
     drawn = np.random.default_rng(0).multinomial(
         len(ids), np.full(len(ids), 1 / len(ids)), RESAMPLES
     )

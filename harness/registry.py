@@ -49,7 +49,8 @@ class Field:
 
     name: str
     default: Any
-    search: Mapping[str, Any] | None  # the range of a sweep, or the values that there are
+    search: Mapping[str, Any] | None  # what a sweep explores
+    choices: tuple[Any, ...]  # the values that there are, where they are listed
     meaning: str
 
 
@@ -116,13 +117,13 @@ def fields(cls: type[Method]) -> list[Field]:
     for name, info in cls.model_fields.items():
         extra = info.json_schema_extra
         space = extra.get("search") if isinstance(extra, dict) else None
-        if get_origin(info.annotation) is Literal:
-            space = space or {"choices": list(get_args(info.annotation))}
+        listed = get_origin(info.annotation) is Literal
         found.append(
             Field(
                 name,
                 info.default,
                 space if isinstance(space, dict) else None,
+                get_args(info.annotation) if listed else (),
                 comments.get(name, ""),
             )
         )

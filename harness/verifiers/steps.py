@@ -35,8 +35,9 @@ def token_steps(
 ) -> list[range]:
     """The reasoning steps of a response as ranges of its tokens, given the text of each token.
 
-    Reasoning is what stands inside the think, or all of it where there is none, or what follows a think left blank. A token that straddles a boundary belongs to
-    the earlier step; a step of fewer than `shortest` tokens joins the next one (the last joins the one before).
+    Reasoning is what stands inside the think, or all of it where there is none, or what follows a think left blank. A token that
+    straddles a boundary belongs to the earlier step; a step of fewer than `shortest` tokens joins the next one (the last joins
+    the one before).
     """
     text = "".join(pieces)
     starts = [0, *accumulate(map(len, pieces))]

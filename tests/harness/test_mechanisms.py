@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 from typer.testing import CliRunner
 
 from harness import cli, compare, registry
-from harness.mechanisms import auc, row, scorecard
+from harness.mechanisms import auc, estimate, row, scorecard
 from harness.models.hf import HFModel
 from harness.objectives import nll
 from harness.registry import Method
@@ -248,3 +248,12 @@ def test_the_command_scores_what_a_comparison_sampled(
 
     with pytest.raises(ValueError, match="trained with another configuration"):
         scorecard(path, overrides=["methods.judged.n=1"], results=results, quiet=True)
+
+
+def test_a_share_of_all_or_none_is_not_certain() -> None:
+    """Wilson by hand for n = 4 problems: 1 / (1 + z^2 / n) = 1 / (1 + 3.8415 / 4) = 0.51011; many cases of a problem are one."""
+    names = [f"p{i % 4}" for i in range(40)]
+    value, interval = estimate("all", Measure([1.0] * 40, names))
+    assert value == 1 and interval == pytest.approx([0.51011, 1], abs=1e-4)
+    value, interval = estimate("none", Measure([0.0] * 40, names))
+    assert value == 0 and interval == pytest.approx([0, 0.48989], abs=1e-4)

@@ -532,10 +532,13 @@ def test_a_certain_answer_stays_finite() -> None:
         assert found is not None and np.isfinite(found).all()
 
 
-def test_on_real_hints_some_stay_and_some_go() -> None:
+@pytest.mark.parametrize(
+    "rule", [{}, {"keep_rule": "outlier_share"}, {"keep_rule": "log_threshold", "lmbda": 2.0}]
+)
+def test_on_real_hints_some_stay_and_some_go(rule: dict[str, Any]) -> None:
     items = PROBLEMS["micro_math"].load("train", 12, levels=(6, 7), families=("reduce",))
     fields = {"samples": 4, "hints": 8, "hard": 1.0, "parts": ("base", "hint"), **LINES}
-    run = Run("heal", fields, items=items, train=False)
+    run = Run("heal", {**fields, **rule}, items=items, train=False)
     assert 0 < run.lab.notes["hint"]["share of verified traces kept by PURE"] < 1
 
 
