@@ -95,7 +95,7 @@ def check(setting: Experiment, labels: Sequence[str]) -> None:
     offers = {name: models.capabilities(spec, checkpoints) for name, spec in specs.items()}
     offers["base"] = offers["student"]
     for label, arm in arms.items():
-        for need in sorted(arm.needs):
+        for need in sorted(arm.required()):
             who, _, what = need.partition(".")
             if who not in offers:
                 raise ValueError(
@@ -108,7 +108,7 @@ def check(setting: Experiment, labels: Sequence[str]) -> None:
                     f"{', '.join(sorted(offers[who]))}: use a Transformers model as {who}, or a method that "
                     f"does without ({', '.join(able)})"
                 )
-    if any("teacher.logits" in arm.needs for arm in arms.values()):
+    if any("teacher.logits" in arm.required() for arm in arms.values()):
         models.check_vocabularies(setting.student, setting.teacher, checkpoints)
 
 

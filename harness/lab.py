@@ -22,6 +22,7 @@ from harness.types import (
     Oracle,
     Problem,
     Request,
+    RewardModel,
     Sampling,
     Scores,
     Trace,
@@ -153,8 +154,39 @@ class Workbench:
         found = {k: Scores(tuple(r["logprobs"]), tuple(r["entropies"])) for k, r in rows.items()}
         return [found.get(key) for key in keys]
 
+    def rewards(
+        self, model: RewardModel, pairs: Sequence[tuple[str, str]], *, purpose: str = "scoring"
+    ) -> list[float]:
+        group = {"model": model.identity}
+        name = digest(group)
+        keys = [digest(list(pair)) for pair in pairs]
+        wanted = dict(zip(keys, pairs, strict=True))
+        lengths = model.lengths([*wanted.values()])
+        flops = {
+            key: forward_flops(model.num_parameters, length)
+            for key, length in zip(wanted, lengths, strict=True)
+        }
+        for key in keys:
+            self._ledger.charge("verifier_calls", 1, name + key, purpose)
+            self._ledger.charge("flops", flops[key], name + key)
+        order = sorted(wanted, key=lambda key: (sum(map(len, wanted[key])), key))
+        blocks = [order[i : i + SCORED] for i in range(0, len(order), SCORED)]
+
+        def make(block: int) -> list[dict[str, Any]]:
+            mine = blocks[block]
+            self._ledger.spend("verifier_calls", len(mine))
+            self._ledger.spend("flops", sum(flops[key] for key in mine))
+            return [{"reward": value} for value in model.reward([wanted[key] for key in mine])]
+
+        rows = self._store.get("rewards", group, wanted)
+        self._fill("rewards", group, rows, blocks, set(wanted), make, "rewards")
+        return [rows[key]["reward"] for key in keys]
+
     def verify(self, problem: Problem, text: str) -> Verdict:
         return self._judge([(problem, text, True)])[0]
+
+    def judged(self, traces: Sequence[Trace]) -> list[Trace]:
+        return self._verified([list(traces)], verifiers.opens_think(self.student))[0]
 
     def pass_rates(self, model: LanguageModel, n: int, **sampling: Any) -> np.ndarray:
         traces = self.samples(model, n, **sampling)

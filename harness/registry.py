@@ -38,6 +38,10 @@ class Method(Frozen, ABC):
     def stages(self, lab: Lab) -> Iterator[Stage]:
         """The paper's algorithm; the trainer trains the student at each yield."""
 
+    def required(self) -> frozenset[str]:
+        """`needs`, and what this setting of the fields needs besides."""
+        return self.needs
+
     def mechanisms(self, lab: Lab) -> Mapping[str, Measure | float]:
         """What the method's scorecard shows; nothing by default."""
         return {}

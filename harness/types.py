@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 Ids = tuple[int, ...]
 Split = Literal["train", "dev", "test"]
-Capability = Literal[
-    "generate", "score", "logits"
-]  # logits: hidden states and head, for divergences
+# logits: hidden states and head, for divergences; reward: how likely the last step of a response is right
+Capability = Literal["generate", "score", "logits", "reward"]
 Status = Literal["ok", "wrong", "unparsed", "timeout", "error"]
 
 
@@ -235,6 +234,23 @@ class LanguageModel(Protocol):
     def head(self, hidden: Tensor) -> Tensor: ...  # [n, H] -> [n, V], cut to the vocabulary
 
 
+class RewardModel(Protocol):
+    """A judge of steps: a process reward model, or a server that is asked yes or no."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def identity(self) -> str: ...  # digest of what decides its outputs
+    @property
+    def capabilities(self) -> frozenset[Capability]: ...  # reward
+    @property
+    def num_parameters(self) -> int: ...  # 0 where it is not known
+    def lengths(self, pairs: Sequence[tuple[str, str]]) -> list[int]: ...  # tokens it reads of each
+    def reward(
+        self, pairs: Sequence[tuple[str, str]]
+    ) -> list[float]: ...  # of (user turn, response so far): P(its last step is right), in [0, 1]
+
+
 class Oracle(Protocol):
     """Exact truth about steps, where a problem set has it (the micro world)."""
 
@@ -278,7 +294,7 @@ class Lab(Protocol):
     @property
     def teacher(self) -> LanguageModel: ...
     @property
-    def models(self) -> Mapping[str, LanguageModel]: ...  # further models, declared in `needs`
+    def models(self) -> Mapping[str, Any]: ...  # further models, declared in `needs`
     @property
     def problems(self) -> Sequence[Problem]: ...
     @property
@@ -311,7 +327,17 @@ class Lab(Protocol):
         """A model's view of each (prompt, response), out of the store where it has it; None beyond a cap on scored tokens."""
         ...
 
+    def rewards(
+        self, model: RewardModel, pairs: Sequence[tuple[str, str]], *, purpose: str = "scoring"
+    ) -> list[float]:
+        """P(the last step is right) for each (user turn, response so far), out of the store where it has it."""
+        ...
+
     def verify(self, problem: Problem, text: str) -> Verdict: ...
+
+    def judged(self, traces: Sequence[Trace]) -> list[Trace]:
+        """The traces with their verdicts, judged together: for on-policy samples, which come without."""
+        ...
 
     def pass_rates(self, model: LanguageModel, n: int, **sampling: Any) -> np.ndarray:
         """Share of n samples that are correct, [P]."""

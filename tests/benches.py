@@ -111,7 +111,7 @@ class Run:
         self.method: Method = registry.build(name, TINY.get(name, {}) if fields is None else fields)
         self.student, self.ledger = model("student"), Ledger(caps)
         needs = [
-            need.partition(".")[2] for need in self.method.needs if need.startswith("teacher.")
+            need.partition(".")[2] for need in self.method.required() if need.startswith("teacher.")
         ]
         self.teacher = teacher or Refusing(model("teacher").freeze(), needs)
         self.cut_after = cut_after  # optimizer steps
