@@ -78,6 +78,7 @@ class Workbench:
         requests: Sequence[Request] | None = None,
         on_policy: bool = False,
         purpose: str = "samples",
+        judge: bool | None = None,
         **sampling: Any,
     ) -> list[list[Trace]]:
         if requests is None:
@@ -89,7 +90,8 @@ class Workbench:
         if on_policy:
             traces = model.generate(requests, settings)
             self._spend(column, model, [t for group in traces for t in group])
-            return self._charged(column, model, traces, None, purpose)
+            traces = self._charged(column, model, traces, None, purpose)
+            return self._verified(traces, verifiers.opens_think(model)) if judge else traces
         keys = [sample_keys(model, request, n) for request in requests]
         group = sample_group(model, settings)
         rows = self._stored(model, requests, settings, group, keys, column)
@@ -103,8 +105,8 @@ class Workbench:
         ]
         name = digest(group)
         paid = [[name + key for key in mine] for mine in keys]
-        opened = verifiers.opens_think(model)
-        return self._verified(self._charged(column, model, traces, paid, purpose), opened)
+        traces = self._charged(column, model, traces, paid, purpose)
+        return traces if judge is False else self._verified(traces, verifiers.opens_think(model))
 
     def scores(
         self,
@@ -251,8 +253,9 @@ class Workbench:
         prompt = self.student.encode(self.prompt(trace.problem))
         return Example(trace.problem.id, prompt, self._response(trace), weight, **fields)
 
-    def rng(self, purpose: str) -> np.random.Generator:
-        return np.random.default_rng(int(digest(["rng", self._seed, purpose])[:16], 16))
+    def rng(self, purpose: str, *, on_policy: bool = False) -> np.random.Generator:
+        step = self._clock() if on_policy else ()
+        return np.random.default_rng(int(digest(["rng", self._seed, purpose, *step])[:16], 16))
 
     def note(self, name: str, value: Any) -> None:
         self.notes[name] = value

@@ -43,7 +43,9 @@ class State:
 
     stage: int = 0  # index of the stage in training
     step: int = 0  # optimizer steps done in it
-    consumed: float = 0.0  # of the budget, in its unit
+    consumed: float = 0.0  # of the budget, in its unit, by training
+    prepared: float = 0.0  # of a budget of FLOPs, by what was sampled and scored before the stages
+    paid: float = 0.0  # FLOPs on the ledger that are accounted for in these two
     boundaries: list[str] = field(default_factory=list)  # the student's identity before each stage
     curve: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
@@ -112,6 +114,7 @@ class Trainer:
         self.optimizer = self._new_optimizer()
         self.state = State()
         self.clock = (0, 0)  # stage and step of the samples that are being drawn
+        self._kept = 0  # step of the stage's last checkpoint
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -141,16 +144,12 @@ class Trainer:
             raise ValueError(_empty(stage, "no problems", notes))
         if stage.optimizer == "reset" and self.state.step == 0 and index > 0:
             self.optimizer = self._new_optimizer()
-        start = self.state.stages[-1]["from"] if self.state.step else self.state.consumed
-        end = start + self._length(stage)
-        if end <= start:
-            raise ValueError(
-                f"stage {stage.name!r} gets no step: its share {stage.share:g} of {self.budget.steps} steps "
-                "rounds to none; raise the budget"
-            )
-        scored = any(objective.needs_teacher for objective in _objectives(stage))
         if self.state.step == 0:
-            self.state.stages.append({"name": stage.name, "share": stage.share, "from": start})
+            self._begin(stage)
+        start = self.state.stages[-1]["from"]
+        end = start + self.state.stages[-1]["length"]
+        self._kept = self.state.step
+        scored = any(objective.needs_teacher for objective in _objectives(stage))
         pending: list[Sequence[Example]] = []
         stop: str | None = None
         trained = bool(self.state.step)
@@ -178,8 +177,10 @@ class Trainer:
                 stop = stop or self.ledger.exhausted("teacher_scored")
             total = self._steps_left() + len(self.state.curve)
             self.report("train", len(self.state.curve), total)
-            if self.state.step % self.training.checkpoint_every == 0 and not pending:
+            # A checkpoint falls between two blocks: a block that was made is not kept in one.
+            if self.state.step - self._kept >= self.training.checkpoint_every and not pending:
                 self.save(notes)
+                self._kept = self.state.step
         if not trained:
             raise ValueError(_empty(stage, "every example has weight 0", notes))
         done = self.state.stages[-1]
@@ -189,6 +190,27 @@ class Trainer:
         self.student.version = None
         self.student.touch()
         self.save(notes, boundary=True)
+
+    def _begin(self, stage: Stage) -> None:
+        """Enter a stage: what it may consume is its share, less what it cost to prepare where FLOPs are the budget."""
+        length, cost = self._length(stage), 0.0
+        if self.budget.flops is not None:
+            cost = self.ledger.charged["flops"] - self.state.paid
+            self.state.prepared += cost
+            self.state.paid += cost
+        if length <= cost:
+            why = f"its share {stage.share:g} of {self.budget.steps} steps rounds to none"
+            if cost:
+                why = f"what was sampled and scored before it cost {cost:.3g} of its {length:.3g} FLOPs"
+            raise ValueError(f"stage {stage.name!r} gets no step: {why}; raise the budget")
+        self.state.stages.append(
+            {
+                "name": stage.name,
+                "share": stage.share,
+                "from": self.state.consumed,
+                "length": length - cost,
+            }
+        )
 
     def _step(
         self, stage: Stage, examples: Sequence[Example], teacher: Callable[[], Any], progress: float
@@ -330,6 +352,7 @@ class Trainer:
 
     def _consume(self, flops: float) -> None:
         """Take a step off the budget. FLOPs: of training, scoring and the samples drawn for the step."""
+        self.state.paid = self.ledger.charged["flops"]
         tokens = float(self.state.curve[-1]["tokens"])
         unit = {"steps": 1.0, "trained_tokens": tokens, "flops": flops}
         used = next(unit[name] for name in unit if getattr(self.budget, name) is not None)
@@ -339,11 +362,13 @@ class Trainer:
     def _steps_left(self) -> int:
         done = len(self.state.curve)
         rate = self.state.consumed / done if done else 1.0
-        return max(0, math.ceil((self._total() - self.state.consumed) / max(rate, 1e-12)))
+        left = self._total() - self.state.prepared - self.state.consumed
+        return max(0, math.ceil(left / max(rate, 1e-12)))
 
     def _learning_rate(self) -> float:
-        """A function of the share of the budget consumed, never of a stage's own length."""
-        training, done = self.training, self.state.consumed / self._total()
+        """A function of the share of the budget consumed, never of a stage's own length; preparing moves it nowhere."""
+        training = self.training
+        done = self.state.consumed / (self._total() - self.state.prepared)
         if done < training.warmup:
             return training.learning_rate * max(done / training.warmup, 0.05)  # never quite zero
         rest = (done - training.warmup) / (1 - training.warmup)

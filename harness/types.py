@@ -75,8 +75,8 @@ class Trace:
     """One attempt at a problem, whoever wrote it."""
 
     problem: Problem
-    tokens: Ids  # the response, prefix included, EOS included if it finished
-    text: str  # the response decoded, without EOS
+    tokens: Ids  # the response, prefix included, EOS (or the stop string) included if it finished
+    text: str  # the response decoded, without EOS or stop string
     finished: bool  # False: cut at max_new_tokens
     prefix: int = 0  # how many of the tokens were given in the request
     index: int = 0  # sample index under its request
@@ -181,7 +181,8 @@ class OffPolicy:
 class OnPolicy:
     """Examples made just before the student trains on them.
 
-    `make` gets the problems of the next `every` optimizer steps and returns their examples, in any number.
+    `make` gets the problems of the next `every` optimizer steps and returns their examples, in any number; they are dealt out
+    to the steps in their order, in equal parts.
     """
 
     problems: Sequence[Problem]
@@ -312,12 +313,14 @@ class Lab(Protocol):
         requests: Sequence[Request] | None = None,
         on_policy: bool = False,
         purpose: str = "samples",
+        judge: bool | None = None,
         **sampling: Any,
     ) -> list[list[Trace]]:
         """Verified traces, n for each problem (or request), in their order.
 
         Sampling settings default to the suite's. They come from the store where it has them; `on_policy` samples are
-        seeded by the training seed and step, and are neither stored nor judged. The ledger tells costs by `purpose`.
+        seeded by the training seed and step, and are not stored, nor judged unless asked. `judge=False` asks for no verdicts
+        at all. The ledger tells costs by `purpose`.
         """
         ...
 
@@ -359,8 +362,8 @@ class Lab(Protocol):
         """A training example of a trace under the bare prompt."""
         ...
 
-    def rng(self, purpose: str) -> np.random.Generator:
-        """Randomness of a method: a function of the training seed and the purpose."""
+    def rng(self, purpose: str, *, on_policy: bool = False) -> np.random.Generator:
+        """Randomness of a method: a function of the training seed and the purpose; inside OnPolicy.make also of the step, if asked."""
         ...
 
     def note(self, name: str, value: Any) -> None:

@@ -39,6 +39,7 @@ TINY: dict[str, dict[str, Any]] = {
         },
         **{"segment": "line", "min_step": 1, "min_new_steps": 1},
     },
+    "vcrd": {"steps": "line", "positions": 2, "refresh": 2, "rollouts": 2},
 }
 HARD = {"heal"}  # methods that need problems at which the teacher fails
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from harness import registry
 from harness.config import search
-from harness.objectives import forward_kl, nll, reverse_kl
+from harness.objectives import forward_kl, nll, reverse_kl, skew_kl, skew_reverse_kl
 from harness.registry import Method
-from harness.types import Lab, OffPolicy, OnPolicy, Stage
+from harness.types import Example, Lab, OffPolicy, OnPolicy, Problem, Stage
+from methods.vcrd import VCRD
+from methods.vcrd.proposals import pairs
 from tests.benches import Run, problems
+
+LOCAL: dict[str, Any] = {"steps": "line", "positions": 2}
 
 
 class Plain(Method):
@@ -21,14 +25,38 @@ class Plain(Method):
     name, paper = "plain", "none"
     needs = frozenset({"teacher.generate", "teacher.logits"})
     kind: str = search("forward")  # which stage
+    refresh: int = search(0, ge=0)  # of step-local pairs
 
     def stages(self, lab: Lab) -> Iterator[Stage]:
         if self.kind == "nll":
             yield Stage("s", OffPolicy(lab.references(n=4)), nll)
         elif self.kind == "forward":
             yield Stage("s", OffPolicy(lab.references(n=4)), forward_kl, mean="sequence")
+        elif self.kind == "step-local":
+            yield self.distillm2(lab)
         else:
             yield Stage("s", OnPolicy(lab.problems, lab.rollouts()), reverse_kl, mean="sequence")
+
+    def distillm2(self, lab: Lab) -> Stage:
+        """DistiLLM-2's loss (arXiv:2503.07067) on single steps: SKL on the teacher's, SRKL on the student's, all alike."""
+
+        def make(block: Sequence[Problem]) -> list[Example]:
+            unique = list({problem.id: problem for problem in block}.values())
+            chosen = unique[: 2 * max(1, self.refresh)]  # 2 problems, 2 positions, 2 models: 8
+            found = []
+            for pair in pairs(lab, VCRD(**LOCAL), chosen, self.refresh > 0):
+                for who, action in (("teacher", pair.teacher), ("student", pair.student)):
+                    loss = tuple(i >= action.prefix for i in range(len(action.tokens)))
+                    prompt = lab.student.encode(lab.prompt(action.problem))
+                    found.append(
+                        Example(action.problem.id, prompt, action.tokens, 1.0, loss, term=who)
+                    )
+            return found
+
+        terms = {"teacher": skew_kl(0.1), "student": skew_reverse_kl(0.1)}
+        return Stage(
+            "s", OnPolicy(lab.problems, make, max(1, self.refresh)), terms, mean="sequence"
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +65,8 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "methods", lambda: known)
 
 
-def same(name: str, fields: dict[str, Any], kind: str) -> None:
-    method, plain = Run(name, fields), Run("plain", {"kind": kind})
+def same(name: str, fields: dict[str, Any], kind: str, **more: Any) -> None:
+    method, plain = Run(name, fields), Run("plain", {"kind": kind, **more})
     assert method.losses == plain.losses
     assert method.student.identity == plain.student.identity
 
@@ -72,3 +100,20 @@ def test_heal_that_finds_no_problem_hard_enough_is_sft(mode: str) -> None:
     heal, sft = Run("heal", fields, items=problems()), Run("sft", {"samples": 4, "keep": 3})
     assert heal.losses == sft.losses and heal.student.identity == sft.student.identity
     assert heal.ledger.charged["teacher_generated"] == sft.ledger.charged["teacher_generated"]
+
+
+@pytest.mark.parametrize("refresh", [0, 2])
+@pytest.mark.parametrize("fields", [
+    {"weight": "uniform"}, {"weight": "uniform", "normalise": "none"}, {"validity": "const"}, {"validity": "const", "weight": "linear"},
+    {"validity": "random", "weight": "hard", "delta": 1.0},
+])  # fmt: skip
+def test_vcrd_without_its_weights_is_step_local_distillm2(
+    refresh: int, fields: dict[str, Any]
+) -> None:
+    same("vcrd", {**LOCAL, "refresh": refresh, **fields}, "step-local", refresh=refresh)
+
+
+def test_vcrd_with_weights_is_not() -> None:
+    fields = {**LOCAL, "refresh": 0, "validity": "oracle"}
+    method, plain = Run("vcrd", fields), Run("plain", {"kind": "step-local"})
+    assert method.losses != plain.losses

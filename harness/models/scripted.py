@@ -107,9 +107,12 @@ class Scripted:
 
     def _trace(self, request: Request, index: int, sampling: Sampling) -> Trace:
         reply = self._answer(request, index)
-        cuts = [reply.text.find(stop) for stop in sampling.stop if stop in reply.text]
-        text = reply.text[: min(cuts)] if cuts else reply.text
-        written = self.tokenize(text, end=reply.finished and not cuts)
+        cuts = [(reply.text.find(stop), stop) for stop in sampling.stop if stop in reply.text]
+        text = reply.text[: min(cuts)[0]] if cuts else reply.text
+        said = (
+            text + min(cuts)[1] if cuts else text
+        )  # the tokens keep the stop string, as a model's do
+        written = self.tokenize(said, end=reply.finished and not cuts)
         finished = reply.finished or bool(cuts)
         if len(written) > sampling.max_new_tokens:
             written, finished = written[: sampling.max_new_tokens], False

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import io
 import re
+import tokenize
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Literal
 
 from harness.verifiers.completion import CLOSE, OPEN
 
+# line, blank: a line, or what blank lines set apart. statement, block: the same of code, where a bracket or a quote that is open
+# joins what follows. sentence: up to a full stop, or to the end of a line.
+Separator = Literal["line", "blank", "statement", "block", "sentence"]
+
+STOPS: Mapping[Separator, tuple[str, ...]] = {  # where a model that writes one step is stopped
+    "line": ("\n",),
+    "blank": ("\n\n",),
+    "statement": ("\n",),
+    "block": ("\n\n",),
+    "sentence": (". ", "! ", "? ", "\n"),
+}
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_SENTENCE = re.compile(r".*?(?:[.!?] +|\n)|.+", re.DOTALL)
+_OPENING = re.compile(rf"\s*{OPEN}\s*")
 
 
-def split(text: str, separator: Literal["line", "blank"] = "line") -> list[str]:
-    """Cut before every written line, or before those after a blank one; joining the steps gives the text back."""
+def split(text: str, separator: Separator = "line") -> list[str]:
+    """Cut before every written line (or sentence), or before those after a blank one; joining the steps gives the text back."""
     steps: list[str] = []
+    apart = separator in ("blank", "block")
     begun = False  # whether the last step has a written line
     blank = False  # whether the last line was blank
-    for line in _LINE.findall(text):
+    for line in (_SENTENCE if separator == "sentence" else _LINE).findall(text):
         written = bool(line.strip())
-        if not steps or (written and begun and (blank or separator == "line")):
+        if not steps or (
+            written and begun and (blank or not apart) and whole(steps[-1], separator)
+        ):
             steps.append(line)
             begun = written
         else:
@@ -30,8 +48,53 @@ def split(text: str, separator: Literal["line", "blank"] = "line") -> list[str]:
     return steps
 
 
+def whole(step: str, separator: Separator) -> bool:
+    """Whether something is written, and no bracket, triple quote or backslash in it waits for the next line (in code)."""
+    if not step.strip() or separator not in ("statement", "block"):
+        return bool(step.strip())
+    try:
+        for _ in tokenize.generate_tokens(io.StringIO(step).readline):
+            pass
+    except tokenize.TokenError as error:
+        return not re.search("EOF in multi-line|triple-quoted", str(error))
+    except SyntaxError:  # no code, or a dedent whose block stands in another step
+        pass
+    return True
+
+
+def actions(pieces: Sequence[str], separator: Separator, longest: int) -> list[range]:
+    """Every step of a whole response, its conclusion included, as a range of its tokens, given the text of each token.
+
+    The opening of a think is no step. A step of more than `longest` tokens is cut into its lines, a line that is longer still into
+    pieces of `longest`. A token over a boundary belongs to the later step if only its leading space lies before the boundary.
+    """
+    text = "".join(pieces)
+    starts = [0, *accumulate(map(len, pieces))]
+    opening = _OPENING.match(text)
+    begin = bisect_left(starts, opening.end() if opening else 0)
+    found: list[range] = []
+    for step in _ranges(text, starts, range(begin, len(pieces)), separator):
+        lines = _ranges(text, starts, step, "line") if len(step) > longest else [step]
+        for line in lines:
+            found += [line[i : i + longest] for i in range(0, len(line), longest)]
+    return found
+
+
+def _ranges(text: str, starts: Sequence[int], tokens: range, separator: Separator) -> list[range]:
+    """The steps of a part of a response, as ranges of tokens; the end token, which has no text, belongs to the last."""
+    first, last = tokens.start, tokens.stop
+    cuts = []
+    body = text[starts[first] : starts[last]]
+    for bound in accumulate(map(len, split(body, separator)[:-1]), initial=starts[first]):
+        cut = bisect_left(starts, bound, first, last)
+        if starts[cut] > bound and text[starts[cut - 1] : bound].isspace():
+            cut -= 1
+        cuts.append(cut)
+    return [range(a, b) for a, b in pairwise(sorted({first, *cuts, last})) if a < b]
+
+
 def token_steps(
-    pieces: Sequence[str], separator: Literal["line", "blank"] = "line", shortest: int = 1
+    pieces: Sequence[str], separator: Separator = "line", shortest: int = 1
 ) -> list[range]:
     """The reasoning steps of a response as ranges of its tokens, given the text of each token.
 

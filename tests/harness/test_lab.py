@@ -283,3 +283,25 @@ def test_verdicts_of_costly_verifiers_are_kept(tmp_path: Path) -> None:
     assert one.samples(author, 1)[0][0].correct and two.samples(author, 1)[0][0].correct
     assert (one._ledger.spent["verifier_calls"], two._ledger.spent["verifier_calls"]) == (1, 0)
     assert two._ledger.charged["verifier_calls"] == 1
+
+
+def test_samples_are_judged_unless_asked_not_to_be() -> None:
+    ledger = Ledger()
+    bench = scripted({"p": [RIGHT, WRONG]}, {"p": [WRONG, RIGHT]}, ledger=ledger)
+    [traces] = bench.samples(bench.teacher, 2, judge=False)
+    assert [t.verdict for t in traces] == [None, None] and ledger.charged["verifier_calls"] == 0
+    [fresh] = bench.samples(bench.student, 2, on_policy=True)
+    assert fresh[0].verdict is None
+    [judged] = bench.samples(bench.student, 2, on_policy=True, judge=True)
+    assert [t.correct for t in judged] == [False, True]
+    assert [t.correct for t in bench.judged(fresh)] == [False, True]
+
+
+def test_on_policy_randomness_is_a_function_of_the_step_too() -> None:
+    step = [0, 0]
+    bench = scripted({"p": [RIGHT]}, clock=lambda: tuple(step))
+    one, two = bench.rng("x"), bench.rng("x", on_policy=True)
+    step[1] = 1
+    again, later = bench.rng("x"), bench.rng("x", on_policy=True)
+    drawn = [rng.random() for rng in (one, two, again, later)]
+    assert drawn[0] == drawn[2] and len(set(drawn)) == 3

@@ -60,7 +60,8 @@ def test_prefix_limit_and_stop() -> None:
     [[cut]] = model.generate([ask(prefix=given)], Sampling(max_new_tokens=2))
     assert (cut.text, cut.finished, cut.logprobs) == ("one\ntw", False, (0, 1))
     [[stopped]] = model.generate([ask(prefix=given)], Sampling(stop=("\n", "e")))
-    assert (stopped.text, stopped.finished, len(stopped.logprobs or ())) == ("one\ntwo", True, 3)
+    assert (stopped.text, stopped.finished, len(stopped.logprobs or ())) == ("one\ntwo", True, 4)
+    assert model.decode(stopped.tokens) == "one\ntwo\n"  # the tokens keep the stop
 
 
 def test_it_can_use_a_models_tokenizer() -> None:

@@ -263,6 +263,43 @@ def test_a_budget_of_flops_counts_scoring_too() -> None:
     assert lengths[0] > lengths[1] > 1
 
 
+def test_a_budget_of_flops_counts_what_was_paid_before_a_stage() -> None:
+    """Samples and verdicts of two stages, 1e8 and 5e7 of 6e8 FLOPs: each comes off its own stage's half."""
+    bare, paid = (trainer(budget=Budget(flops=6e8), training={"schedule": "linear"}) for _ in "ab")
+    for index, cost in enumerate((1e8, 5e7)):
+        paid.ledger.charge("flops", cost)
+        for run in (bare, paid):
+            run.run(index, Stage(str(index), OffPolicy(EXAMPLES), nll, share=0.5), no_teacher, {})
+    assert [stage["length"] for stage in bare.state.stages] == [3e8, 3e8]
+    assert [stage["length"] for stage in paid.state.stages] == [2e8, 2.5e8]
+    for run in (bare, paid):
+        most = max(row["tokens"] for row in run.state.curve) * 6 * run.student.num_parameters
+        total = run.ledger.charged["flops"]
+        assert 6e8 <= total <= 6e8 + 2 * most  # a stage ends with the step that reaches its end
+    # The schedule is that of the training: it starts at its peak, whatever was paid before.
+    assert paid.state.curve[0]["lr"] == bare.state.curve[0]["lr"]
+    assert paid.state.curve[-1]["lr"] < 0.5 * paid.state.curve[0]["lr"]
+
+
+def test_a_stage_whose_preparation_cost_all_its_flops_is_refused() -> None:
+    run = trainer(budget=Budget(flops=3e8))
+    run.ledger.charge("flops", 4e8)
+    with pytest.raises(
+        ValueError, match=r"sampled and scored before it cost 4e\+08 of its 3e\+08 FLOPs"
+    ):
+        run.run(0, Stage("s", OffPolicy(EXAMPLES), nll), no_teacher, {})
+
+
+def test_checkpoints_fall_between_blocks_and_as_often_as_asked(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    run = trainer(10, checkpoint=path, training={"checkpoint_every": 4})
+    saved: list[int] = []
+    write = run.save
+    run.save = lambda *a, **k: (saved.append(run.state.step), write(*a, **k))  # type: ignore[method-assign, assignment]
+    run.run(0, Stage("s", on_policy(3, []), nll), no_teacher, {})
+    assert saved == [6, 0]  # after the second block of 3, and at the end
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     one = trainer(2, checkpoint=path, key="one")

@@ -385,7 +385,7 @@ def test_reading_needs_no_heavy_library() -> None:
 # Steps
 
 
-@pytest.mark.parametrize("separator", ["line", "blank"])
+@pytest.mark.parametrize("separator", ["line", "blank", "statement", "block", "sentence"])
 @pytest.mark.parametrize(
     "text", ["", "a", "a\nb", "\n\na\n\n\nb\nc\n \n\nd\n", "\n", "a\r\nb\n\nc"]
 )
