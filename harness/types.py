@@ -266,11 +266,24 @@ class Oracle(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One line of a method's scorecard: single cases, of which the bench makes a mean (or an AUC) and its interval."""
+    """One line of a method's scorecard: single cases, of which the bench makes one number and its interval.
+
+    The number is the values' mean; with labels or truth, what is said there (calibration goes with labels).
+    """
 
     values: Sequence[float]  # one a case; with labels: scores, higher for True
     problems: Sequence[str]  # the problem of each case: cases of one problem are not independent
-    labels: Sequence[bool] | None = None  # what the values should tell: the AUC is reported
+    labels: Sequence[bool] | None = None  # what the values should tell: the AUC
+    truth: Sequence[float] | None = None  # what the values should follow: Pearson's correlation
+    calibration: bool = False  # the values are probabilities of the labels: the calibration error
+
+    @property
+    def kind(self) -> Literal["mean", "auc", "correlation", "calibration"]:
+        if self.truth is not None:
+            return "correlation"
+        if self.calibration:
+            return "calibration"
+        return "mean" if self.labels is None else "auc"
 
 
 class ProblemSet(Protocol):

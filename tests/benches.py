@@ -39,7 +39,7 @@ TINY: dict[str, dict[str, Any]] = {
         },
         **{"segment": "line", "min_step": 1, "min_new_steps": 1},
     },
-    "vcrd": {"steps": "line", "positions": 2, "refresh": 2, "rollouts": 2},
+    "vcrd": {"steps": "line", "positions": 2, "refresh": 0, "rollouts": 2},
 }
 HARD = {"heal"}  # methods that need problems at which the teacher fails
 
@@ -152,7 +152,10 @@ class Run:
     def _examples(self, stage: Stage) -> list[Example]:
         if isinstance(stage.source, OffPolicy):
             return list(stage.source.examples)
-        return list(stage.source.make(stage.source.problems[:8]))
+        before = self.ledger.to_dict()  # a look costs nothing
+        made = list(stage.source.make(stage.source.problems[:8]))
+        self.ledger.load(before)
+        return made
 
     @property
     def losses(self) -> list[float]:

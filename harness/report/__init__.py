@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ CHARGED = (  # its cost columns: what one student of a method would pay alone
     ("\nFLOPs", "flops"),
 )
 BINS = 150  # points of a training curve
+GAP = 5  # pixels between lines of a scorecard, so that no interval hides another; together at most
+SPREAD = 40
+KINDS = {"mean": "share", "auc": "AUC", "calibration": "calibration error"}  # others as they are
 
 
 def write(folder: Path) -> list[Path]:
@@ -94,6 +97,11 @@ def html(comparison: Comparison) -> str:
             if (chart := _curve_chart(comparison, label, styles[label]))
         },
         histograms={label: _histograms(comparison, label, styles[label]) for label in styles},
+        by_number={label: _by_number(rows) for label, rows in comparison.mechanisms.items()},
+        reliability={
+            label: _reliability(rows, styles[label])
+            for label, rows in comparison.mechanisms.items()
+        },
     )
 
 
@@ -182,6 +190,46 @@ def _histograms(comparison: Comparison, label: str, style: Style) -> list[Markup
         plots.histogram(f"{label}: {name}", values[0]["edges"], values[0]["counts"], style)
         for name, values in comparison.notes(label).items()
         if reading.is_histogram(values[0])
+    ]
+
+
+def _by_number(rows: Sequence[reading.Row]) -> list[Markup]:
+    """The rows of a scorecard that differ by level or by K: a chart a kind, with its legend."""
+    charts = []
+    for (kind, axis), lines in reading.by_number(rows).items():
+        styles = {prefix: Style.of(index) for index, prefix in enumerate(lines)}
+        series = [
+            Series(
+                prefix,
+                styles[prefix],
+                [(number, row["value"]) for number, row in at.items()],
+                [tuple(row["ci95"] or (row["value"], row["value"])) for row in at.values()],
+                shift=min(GAP, SPREAD / len(lines)) * (index - (len(lines) - 1) / 2),
+            )
+            for index, (prefix, at) in enumerate(lines.items())
+        ]
+        values = [value for s in series for _, value in s.points]
+        numbers = [number for s in series for number, _ in s.points]
+        chart = plots.xy(
+            f"{KINDS.get(kind, kind)} by {axis}",
+            series,
+            axis,
+            "",
+            shares=kind == "mean" and min(values) >= 0 and max(values) <= 1,
+            log_x=axis == "K" and 0 < 4 * min(numbers) < max(numbers),
+            whole_x=True,
+        )
+        charts.append(chart + plots.legend(styles))
+    return charts
+
+
+def _reliability(rows: Sequence[reading.Row], style: Style) -> list[Markup]:
+    return [
+        plots.reliability(
+            row["name"], f"ECE {row['value']:.3f}, n = {row['n']}", row["bins"], style
+        )
+        for row in rows
+        if row["kind"] == "calibration" and row["value"] is not None
     ]
 
 

@@ -7,8 +7,10 @@ one colour and one marker, everywhere; the untrained student is grey.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -62,6 +64,7 @@ class Series:
     intervals: Sequence[tuple[float, float]] = ()
     line: bool = True
     markers: bool = True
+    shift: float = 0.0  # pixels to the right
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def xy(
         parts.append(_level(y(level[1]), level[0]))
     for s in series:
         parts.append(_series(s, x, y, shares))
-    return _svg(title, HEIGHT, parts)
+    return _titled(title, HEIGHT, parts)
 
 
 def forest(title: str, rows: Sequence[tuple[str, Style, float, tuple[float, float]]]) -> Markup:
@@ -192,7 +195,7 @@ def forest(title: str, rows: Sequence[tuple[str, Style, float, tuple[float, floa
                 style.marker(x(value), at, said),
             )
         )
-    return _svg(title, height, parts)
+    return _titled(title, height, parts)
 
 
 def histogram(title: str, edges: Sequence[float], counts: Sequence[float], style: Style) -> Markup:
@@ -214,7 +217,51 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[float], style
         for low, high, count in zip(edges, edges[1:], counts, strict=False)
     ]
     axes = _axes(x, y, [(v, _tick(v)) for v in x.ticks(6)], False, "", "")
-    return _svg(title, height, [axes, *bars])
+    return _titled(title, height, [axes, *bars])
+
+
+def reliability(
+    name: str, said: str, bins: Sequence[Mapping[str, Any]], style: Style, *, width: int = 240
+) -> Markup:
+    """A reliability diagram: each bin's mean prediction and share that came true, its area by cases.
+
+    `said` stands below the name; a bin holds low, high, n, mean, share and ci95, as in mechanisms.json.
+    """
+    lines = textwrap.wrap(name, 34)
+    if len(lines) > 2:  # names differ at their ends
+        lines = [lines[0], "… " + name[-32:].partition(" ")[2]]
+    top, side = TOP + 32, width - LEFT - 12
+    x, y = Scale(0, 1, LEFT, LEFT + side), Scale(0, 1, top + side, top)
+    parts = [
+        Markup('<text class="{}" x="4" y="{}">{}</text>').format(kind, 16 + 15 * place, text)
+        for place, (kind, text) in enumerate([*(("title", each) for each in lines), ("", said)])
+    ]
+    parts.append(_axes(x, y, [(v, _tick(v)) for v in x.ticks()], False, "mean prediction", ""))
+    parts.append(
+        Markup(
+            '<text class="label" transform="translate(13 {}) rotate(-90)" text-anchor="middle">share that came true</text>'
+            '<path class="rule" d="M{} {}L{} {}"/>'
+        ).format(_n(y(0.5)), _n(x(0)), _n(y(0)), _n(x(1)), _n(y(1)))
+    )
+    most = max(each["n"] for each in bins)
+    for each in bins:
+        low, high = each["ci95"] or (each["share"], each["share"])
+        parts.append(
+            Markup(
+                '<path d="M{0} {1}V{2}" style="stroke:{3};stroke-width:1.5"/>'
+                '<circle cx="{0}" cy="{4}" r="{5}" style="fill:{3};fill-opacity:.75"><title>{6}</title></circle>'
+            ).format(
+                _n(x(each["mean"])),
+                _n(y(low)),
+                _n(y(high)),
+                style.colour,
+                _n(y(each["share"])),
+                _n(max(1.5, 8 * math.sqrt(each["n"] / most))),
+                f"{each['low']:g} to {each['high']:g}: {each['n']} cases, mean {each['mean']:.3f}, "
+                f"share {each['share']:.3f} ({low:.3f} to {high:.3f})",
+            )
+        )
+    return _svg(f"{name}: reliability", width, top + side + BOTTOM, parts)
 
 
 def swatch(style: Style) -> Markup:
@@ -227,11 +274,15 @@ def swatch(style: Style) -> Markup:
 # --- parts -------------------------------------------------------------------------------------
 
 
-def _svg(title: str, height: float, parts: Sequence[Markup]) -> Markup:
+def _titled(title: str, height: float, parts: Sequence[Markup]) -> Markup:
+    head = Markup('<text class="title" x="4" y="16">{}</text>').format(shorten(title, 52))
+    return _svg(title, WIDTH, height, [head, *parts])
+
+
+def _svg(title: str, width: float, height: float, parts: Sequence[Markup]) -> Markup:
     return Markup(
-        '<svg class="chart" viewBox="0 0 {0} {1}" role="img" aria-label="{2}">'
-        '<text class="title" x="4" y="16">{3}</text>{4}</svg>'
-    ).format(WIDTH, _n(height), title, shorten(title, 52), Markup("").join(parts))
+        '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
+    ).format(_n(width), _n(height), title, Markup("").join(parts))
 
 
 def _axes(
@@ -283,7 +334,7 @@ def _axes(
 
 def _series(series: Series, x: Scale, y: Scale, shares: bool) -> Markup:
     style, parts = series.style, []
-    places = [(x(a), y(b)) for a, b in series.points]
+    places = [(x(a) + series.shift, y(b)) for a, b in series.points]
     if series.line and len(places) > 1:
         path = "M" + "L".join(f"{_n(a)} {_n(b)}" for a, b in places)
         width = "2" if series.markers else "1.2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -356,15 +357,43 @@ def scorecard(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _score(kind: str, value: float | None) -> str:
-    if value is None:  # too few cases to say
-        return "–"
-    return percent(value) if kind == "mean" else format(value, ".3f" if kind == "auc" else ".4g")
+    text = _plain(kind, value)
+    return f"ECE {text}" if kind == "calibration" and value is not None else text
 
 
 def _score_span(kind: str, interval: Sequence[float] | None) -> str:
     if interval is None:
         return "–"
-    return span(interval) if kind == "mean" else " to ".join(_score(kind, v) for v in interval)
+    return span(interval) if kind == "mean" else " to ".join(_plain(kind, v) for v in interval)
+
+
+def _plain(kind: str, value: float | None) -> str:
+    if value is None:  # too few cases to say
+        return "–"
+    if kind == "correlation":
+        return f"{value:.2f}".replace("-", MINUS)
+    if kind == "mean":
+        return percent(value)
+    return format(value, ".3f" if kind in ("auc", "calibration") else ".4g")
+
+
+def by_number(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, dict[int, Row]]]:
+    """Rows called "PREFIX, level 3" or "PREFIX, K = 8", as {(kind, "level" or "K"): {prefix: {number: row}}}.
+
+    Rows without a value are left out, and so is a prefix with fewer than two numbers.
+    """
+    groups: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        named = re.fullmatch(r"(.+), (?:(level) |(K) = )(\d+)", row["name"])
+        if named and row["value"] is not None:
+            prefix, level, k, number = named.groups()
+            lines = groups.setdefault((row["kind"], level or k), {})
+            lines.setdefault(prefix, {})[int(number)] = row
+    kept = {
+        group: {prefix: dict(sorted(at.items())) for prefix, at in lines.items() if len(at) > 1}
+        for group, lines in groups.items()
+    }
+    return {group: lines for group, lines in kept.items() if lines}
 
 
 def amount(quantity: str, value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from scipy.stats import rankdata
 from typer.testing import CliRunner
 
-from harness import cli, compare, registry
+from harness import cli, compare, mechanisms, registry
 from harness.mechanisms import auc, estimate, row, scorecard
 from harness.models.hf import HFModel
 from harness.objectives import nll
@@ -123,6 +124,12 @@ def test_cases_of_one_problem_that_agree_widen_the_interval(kind: str) -> None:
         Measure([1, 0], ["a", "a"]),
         Measure([1, 0], ["a", "b"], [True, True]),
         Measure([1, float("inf")], ["a", "b"]),
+        Measure([0.1, 0.1, 0.1], list("abc"), truth=[1, 2, 3]),
+        Measure([1, 2, 3], list("abc"), truth=[0.3, 0.3, 0.1 + 0.2]),
+        Measure([1, 2, float("inf")], list("abc"), truth=[1, 2, 3]),
+        Measure([1, 2], ["a", "a"], truth=[1, 2]),
+        Measure([], [], [], calibration=True),
+        Measure([0.4, 0.6], ["a", "a"], [True, False], calibration=True),
         float("nan"),
     ],
 )
@@ -148,10 +155,30 @@ def test_a_plain_number_has_no_cases() -> None:
         Measure([1, 0], ["a"]),
         Measure([1, 0], ["a", "b"], [True]),
         Measure([1, float("nan")], ["a", "b"]),
+        Measure([1, 0], ["a", "b"], truth=[1]),
+        Measure([1, 0], ["a", "b"], truth=[1, float("nan")]),
+        Measure([1, 0], ["a", "b"], [True], calibration=True),
     ],
 )
 def test_a_case_lacks_nothing(measure: Measure) -> None:
     with pytest.raises(ValueError, match="measure 'm': give each case a value"):
+        row("m", measure)
+
+
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [
+        (Measure([1, 0], ["a", "b"], calibration=True), "give labels .* or neither"),
+        (Measure([1, 0], ["a", "b"], [True, False], [1, 0]), "give labels .* or neither"),
+        (Measure([1, 0], ["a", "b"], None, [1, 0], True), "give labels .* or neither"),
+        (
+            Measure([0.5, 1.25, -0.5], list("abc"), [True, False, True], calibration=True),
+            "values from -0.5 to 1.25 are not probabilities: a calibration needs values from 0 to 1",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(measure: Measure, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"measure 'm': {expected}"):
         row("m", measure)
 
 
@@ -163,6 +190,93 @@ def test_many_cases_take_seconds() -> None:
     low, high = row("m", Measure(scores, ids, labels))["ci95"]
     assert time.monotonic() - start < 30  # about 2 on an idle core
     assert low < 0.5 < high
+
+
+def test_a_calibration_error_by_hand() -> None:
+    """Bin 0.2 to 0.3: mean 0.25, 1 of 4 right, gap 0. Bin 0.9 to 1: 0.9, 1, 1 and 0.95 with 2 of 4, gap 0.4625."""
+    values = [0.2, 0.25, 0.25, 0.3 - 1e-9, 0.9, 1.0, 1.0, 0.95]
+    labels = [False, True, False, False, True, True, False, False]
+    problems = list("abcdabcd")
+    line = row("m", Measure(values, problems, labels, calibration=True))
+    assert line["value"] == pytest.approx((4 * 0 + 4 * 0.4625) / 8)
+    assert (line["kind"], line["n"], line["problems"]) == ("calibration", 8, 4)
+    low, high = line["bins"]
+    expected = {"low": 0.2, "high": 0.3, "n": 4, "mean": pytest.approx(0.25), "share": 0.25}
+    assert low == {**expected, "ci95": low["ci95"]}
+    assert (high["low"], high["high"], high["n"], high["share"]) == (0.9, 1, 4, 0.5)
+    assert high["mean"] == pytest.approx(0.9625)
+    assert low["ci95"][0] <= 0.25 <= low["ci95"][1]
+    assert line["ci95"][0] <= line["value"] <= line["ci95"][1]
+    assert json.loads(json.dumps(line, allow_nan=False)) == line
+
+
+def test_gaps_of_opposite_sign_do_not_cancel_across_bins() -> None:
+    # too low by 0.4 in one bin of 1 case, too high by 0.2 in one of 3: (1 * 0.4 + 3 * 0.2) / 4
+    values, labels = [0.6, 0.2, 0.2, 0.2], [True, False, False, False]
+    line = row("m", Measure(values, ["a", "b", "b", "b"], labels, calibration=True))
+    assert line["value"] == pytest.approx(0.25)
+    assert [(b["n"], b["ci95"]) for b in line["bins"]] == [(3, None), (1, None)]  # a problem each
+
+
+def test_a_share_of_all_in_a_bin_is_not_certain() -> None:
+    problems = [f"p{i % 4}" for i in range(40)]  # Wilson's interval of 4 of 4
+    line = row("m", Measure([0.95] * 40, problems, [True] * 40, calibration=True))
+    assert line["bins"][0]["ci95"] == pytest.approx([0.51011, 1], abs=1e-4)
+
+
+def test_the_interval_of_a_calibrated_measure_reaches_down() -> None:
+    rng = np.random.default_rng(0)
+    values, ids = rng.random(400), [str(i) for i in range(400)]
+
+    def interval(labels: np.ndarray) -> tuple[float, float]:
+        line = row("m", Measure(values.tolist(), ids, labels.tolist(), calibration=True))
+        low, high = line["ci95"]
+        assert 0 <= low <= line["value"] <= high <= 1
+        return low, high
+
+    right = [interval(rng.random(400) < values)[0] for _ in range(30)]
+    assert np.median(right) < 0.01  # resamples alone would start at about 0.04
+    low, high = interval(rng.random(400) < 0.5 * values)
+    assert low < 0.25 < high
+
+
+def test_a_correlation_by_hand() -> None:
+    """x 1, 2, 3, 6 (mean 3), y 2, 1, 4, 5 (mean 3): sum of products 10, of squares 14 and 10."""
+    line = row("m", Measure([1, 2, 3, 6], list("abcd"), truth=[2, 1, 4, 5]))
+    assert line["value"] == pytest.approx(10 / math.sqrt(14 * 10))
+    assert line["ci95"][0] <= line["value"] <= line["ci95"][1] <= 1
+    assert line["kind"] == "correlation" and "bins" not in line
+    falling = row("m", Measure([1, 2, 3], list("abc"), truth=[3, 2, 1]))
+    assert falling["value"] == pytest.approx(-1) and falling["ci95"] == pytest.approx([-1, -1])
+
+
+@pytest.mark.parametrize("statistic", ["correlation", "calibration_error"])
+def test_weights_of_unequal_problems_are_copies(statistic: str) -> None:
+    rng = np.random.default_rng(2)
+    cluster = np.repeat(np.arange(5), [1, 2, 9, 4, 14])
+    values, noise = rng.random(30), rng.random(30)
+    truth = values + noise if statistic == "correlation" else noise < values
+    weights = rng.integers(0, 4, (6, 5))
+    weights[:, 2] += 1  # never without a problem of several cases
+    found = getattr(mechanisms, statistic)(values, truth, cluster, weights)
+    for weight, one in zip(weights, found, strict=True):
+        x, y = (np.repeat(a, weight[cluster]) for a in (values, truth))
+        if statistic == "correlation":
+            expected = np.corrcoef(x, y)[0, 1]
+        else:
+            bins = [(x >= b / 10) & (x < (b + 1) / 10) for b in range(10)]
+            expected = sum(abs(x[b].mean() - y[b].mean()) * b.mean() for b in bins if b.any())
+        assert one == pytest.approx(expected)
+
+
+def test_resamples_without_variance_are_left_out() -> None:
+    """Only resamples that hold both problems have a correlation, and theirs is 1; 0.1 + 0.2 is not 0.3, yet no variance."""
+    values, truth = [0.1, 0.1, 0.7], [0.3, 0.1 + 0.2, 0.9]
+    line = row("m", Measure(values, ["a", "a", "b"], truth=truth))
+    assert line["value"] == pytest.approx(1) and line["ci95"] == pytest.approx([1, 1])
+    weights, cluster = np.array([[k, 0] for k in range(1, 50)]), np.array([0, 0, 1])
+    alone = mechanisms.correlation(np.array(values), np.array(truth), cluster, weights)
+    assert np.isnan(alone).all()
 
 
 # -- errors -------------------------------------------------------------------------------------

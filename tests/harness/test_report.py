@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -501,6 +502,91 @@ def test_mechanisms_are_shown_with_their_intervals(tmp_path):
         "| void | – | – | 0 | 0 |\n\n"
     )
     assert "Mechanisms" not in "".join(small(tmp_path / "none", [{}]))
+
+
+def level_rows(kind: str, prefix: str, axis: str, values: dict) -> list[dict]:
+    return [
+        {"name": f"{prefix}, {axis}{number}", "value": value, "kind": kind, "n": 40, "problems": 20}
+        | {"ci95": None if value is None else [value - 0.1, value + 0.1]}
+        for number, value in values.items()
+    ]
+
+
+def test_rows_by_level_or_k_are_drawn(tmp_path):
+    rows = [
+        *level_rows("mean", "t<e>st", "level ", {3: 0.5, 12: 0.6, 4: 0.7, 5: None}),
+        *level_rows("mean", "other, level 1", "level ", {3: 0.2, 4: 0.3}),
+        *level_rows("mean", "alone", "level ", {3: 0.2, 4: None}),
+        *level_rows("auc", "t<e>st", "level ", {3: 0.5}),
+        *level_rows("correlation", "r", "K = ", {1: -0.25, 2: 0.3, 8: 0.7}),
+        *({**row, "ci95": None} for row in level_rows("number", "bare", "K = ", {0: 3.0, 8: 4.0})),
+        *level_rows("mean", "no number", "level ", {"x": 0.2, "y": 0.3}),
+    ]
+    groups = reading.by_number(rows)
+    assert {group: {p: [*at] for p, at in lines.items()} for group, lines in groups.items()} == {
+        ("mean", "level"): {"t<e>st": [3, 4, 12], "other, level 1": [3, 4]},
+        ("correlation", "K"): {"r": [1, 2, 8]},
+        ("number", "K"): {"bare": [0, 8]},
+    }
+    page, markdown = small(tmp_path, [{}], {"he<a>l": rows})
+    read = Page(page)
+    labels = [v for k, v in read.attributes if k == "aria-label"]
+    assert labels.count("share by level") == labels.count("correlation by K") == 1
+    assert labels.count("number by K") == 1
+    assert not any("AUC" in label or "reliability" in label for label in labels)
+    for said in ("t<e>st: 60.0 % at 12", "other, level 1: 30.0 % at 4", "r: -0.25 at 1"):
+        assert said in read.text
+    apart = [
+        float(re.search(rf'translate\((\S+) \S+\)" [^>]+><title>{point}<', page)[1])
+        for point in ("t&lt;e&gt;st: 50.0 % at 3", "other, level 1: 20.0 % at 3")
+    ]
+    assert apart[1] - apart[0] == pytest.approx(report.GAP, abs=0.11)  # intervals side by side
+    assert page.count('<ul class="legend">') == 4  # of the page and of each chart
+    row = (
+        f"| r, K = 1 | {reading.MINUS}0.25 | {reading.MINUS}0.35 to {reading.MINUS}0.15 | 40 | 20 |"
+    )
+    assert row in markdown
+    assert "| r, K = 8 | 0.70 | 0.60 to 0.80 | 40 | 20 |" in markdown
+
+
+def test_each_calibration_row_has_a_diagram(tmp_path):
+    full = {"low": 0.8, "high": 0.9, "n": 36, "mean": 0.85, "share": 0.75, "ci95": [0.5, 0.9]}
+    thin = {"low": 0.0, "high": 0.1, "n": 4, "mean": 0.05, "share": 0.25, "ci95": None}
+    row = {"value": 0.1104, "ci95": [0.05, 0.171], "kind": "calibration", "n": 40, "problems": 20}
+    long = "V of a <prefix> whose name is far too long for the title of any panel, at level nine"
+    rows = [
+        {"name": name, **row, "bins": [thin, full]} for name in ("V, level 1", "V, level 2", long)
+    ]
+    void = {"name": "void", **row, "value": None, "ci95": None, "n": 0, "bins": []}
+    page, markdown = small(tmp_path, [{}], {"he<a>l": [*rows, void], "base": rows[:1]})
+    read = Page(page)
+    labels = [v for k, v in read.attributes if k == "aria-label"]
+    names = ["V, level 1", "V, level 2", long, "V, level 1"]
+    assert [v for v in labels if "reliability" in v] == [f"{name}: reliability" for name in names]
+    assert labels.count("calibration error by level") == 1
+    assert page.count("<circle") == 8 and page.count("ECE 0.110, n = 40") == 4
+    assert any(text.startswith("…") and text.endswith("at level nine") for text in read.text)
+    assert "0.8 to 0.9: 36 cases, mean 0.850, share 0.750 (0.500 to 0.900)" in read.text
+    assert "| V, level 1 | ECE 0.110 | 0.050 to 0.171 | 40 | 20 |" in markdown
+    assert "| void | – | – | 0 | 20 |" in markdown
+
+
+def test_a_reliability_diagram_is_to_scale():
+    bins = [
+        {"low": 0.2, "high": 0.3, "n": 9, "mean": 0.25, "share": 0.5, "ci95": [0.0, 1.0]},
+        {"low": 0.9, "high": 1.0, "n": 36, "mean": 1.0, "share": 0.0, "ci95": [0.0, 0.1]},
+    ]
+    drawn = plots.reliability("V", "", bins, Style.of(0))
+    left, bottom, right, top = map(
+        float, re.search(r'class="rule" d="M(\S+) (\S+)L(\S+) ([^"]+)"', drawn).groups()
+    )
+    assert right - left == bottom - top  # the diagonal is one
+    points = re.findall(r'<circle cx="(\S+)" cy="(\S+)" r="(\S+)"', drawn)
+    (x, y, r), (x1, y1, r1) = [tuple(map(float, point)) for point in points]
+    assert (x - left) / (right - left) == pytest.approx(0.25, abs=0.01)
+    assert (bottom - y) / (bottom - top) == pytest.approx(0.5, abs=0.01)
+    assert (x1, y1, r1) == (right, bottom, 2 * r)  # four times the cases: four times the area
+    assert f'd="M{x:g} {bottom:g}V{top:g}"' in drawn
 
 
 # --- sentences ---------------------------------------------------------------------------------

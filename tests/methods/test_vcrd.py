@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from math import exp, log
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from methods.vcrd import VCRD
 from methods.vcrd.proposals import Action, Pair, pairs, positions, propose
 from methods.vcrd.validity import ESTIMATORS, judge, validities
 from methods.vcrd.weights import TokenWeighted, weights
-from tests.benches import SAMPLING, Run, shared_store
+from tests.benches import SAMPLING, Cut, Run, shared_store
 
 FORMS = ["sigmoid", "linear", "ratio", "exp", "hard", "relu"]  # calibrated by Delta
 CONTROLS = ["teacher_only", "student_only", "inverted", "shuffled", "uniform"]
@@ -554,3 +555,25 @@ def test_weights_reach_the_loss(run: Run) -> None:
     )
     assert plain.stages[0].normalise == "none"
     assert isinstance(plain.examples[0][0], Example) and log(plain.examples[0][0].weight) == 0
+
+
+ON_POLICY = {"steps": "line", "refresh": 2, "positions": 2, "rollouts": 2, "completer": "both"}
+
+
+def test_on_policy_proposals_are_those_of_the_student_as_it_is() -> None:
+    run = Run("vcrd", ON_POLICY)
+    (stage,) = run.stages
+    assert isinstance(stage.source, OnPolicy) and stage.source.every == 2
+    assert run.ledger.charged["student_generated"] > 0 and run.trainer.state.stages[0]["steps"] == 4
+    other = Run("vcrd", ON_POLICY, seed=1, train=False)
+    assert [e.response for e in other.examples[0]] != [e.response for e in run.examples[0]]
+
+
+def test_an_on_policy_run_that_was_cut_ends_in_the_same_student(tmp_path: Path) -> None:
+    whole = Run("vcrd", ON_POLICY)
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(Cut):
+        Run("vcrd", ON_POLICY, checkpoint=path, cut_after=3)
+    again = Run("vcrd", ON_POLICY, checkpoint=path)
+    assert again.losses == whole.losses and again.student.identity == whole.student.identity
+    assert again.ledger.purposes == whole.ledger.purposes
