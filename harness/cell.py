@@ -19,6 +19,7 @@ from harness.config import Budget, Experiment, Training
 from harness.lab import Workbench
 from harness.ledger import Ledger
 from harness.models.hf import HFModel
+from harness.models.reward import RewardHF
 from harness.registry import Method
 from harness.store import Store, digest, short_digest, writing
 from harness.trainer import Trainer
@@ -196,9 +197,13 @@ def fingerprint(spec: Any) -> Any:
     """What a model of the suite stands for: its name, and the files behind it where they are local."""
     if isinstance(spec, Mapping) and "traces" in spec:
         return hashlib.sha256(Path(spec["traces"]).read_bytes()).hexdigest()
+    if isinstance(spec, Mapping) and "server" in spec:
+        return [spec["server"], spec["model"]]
     name, path = models.find(spec, problems.checkpoints())
     if name in problems.checkpoints():
         return [name, problems.micro_version()]
+    if isinstance(spec, Mapping) and "ask" in spec:
+        name = f"ask {name}"
     files = sorted(file for file in path.glob("*") if file.is_file())
     return [name, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
 
@@ -215,9 +220,9 @@ def loaders(experiment: Experiment, student: HFModel) -> dict[str, Callable[[], 
     """Every model that a method may ask for, loaded on first use and frozen."""
 
     def loader(spec: Any) -> Callable[[], LanguageModel]:
-        def load() -> LanguageModel:
+        def load() -> Any:
             model = models.load(spec, checkpoints=problems.checkpoints(), tokenizer_of=student)
-            return model.freeze() if isinstance(model, HFModel) else model
+            return model.freeze() if isinstance(model, HFModel | RewardHF) else model
 
         return load
 

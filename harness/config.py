@@ -125,7 +125,9 @@ class Experiment(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     student: str | dict[str, Any]
     teacher: str | dict[str, Any]
-    models: dict[str, str] = {}  # further models by the name that a method asks for
+    models: dict[
+        str, str | dict[str, Any]
+    ] = {}  # further models by the name that a method asks for
     problems: dict[str, dict[str, Any]]  # problem set -> options (n, levels, …)
     benchmarks: dict[str, Benchmark]
     seeds: int = Field(3, gt=0)  # training seeds 0, 1, …

@@ -1,4 +1,4 @@
-"""The micro world: problems whose every step can be judged, and two small models that live in it."""
+"""The micro world: problems whose every step can be judged, and three small models that live in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ CODE = MicroSet(
     oracle=code.CodeOracle(),
 )
 CHECKPOINTS = {
-    f"micro/{name}": Path(__file__).parent / "checkpoints" / name for name in ("teacher", "student")
+    f"micro/{name}": Path(__file__).parent / "checkpoints" / name
+    for name in ("teacher", "student", "prm")
 }
 
 __all__ = ["CHECKPOINTS", "CODE", "MATH", "MICRO_VERSION"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from harness.types import Capability, LanguageModel
 __all__ = ["capabilities", "check_pair", "find", "load"]
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+CLASSIFIERS = ("ForTokenClassification", "ForSequenceClassification")  # process reward models
+SERVER = {"server", "model", "key"}  # key: the environment variable that holds it
 
 
 def load(
@@ -23,10 +26,11 @@ def load(
     tokenizer_of: Codec | None = None,
     device: str | None = None,
     dtype: str | None = None,
-) -> LanguageModel:
-    """The model that a suite names: a checkpoint's name, a folder, a Hub id, {model: …} or {traces: file.jsonl}.
+) -> Any:
+    """The model that a suite names: a checkpoint's name, a folder, a Hub id, {model: …}, {traces: …}, {ask: …} or {server: …, model: …}.
 
-    Replayed traces are tokenized as by `tokenizer_of`, the student.
+    Replayed traces are tokenized as by `tokenizer_of`, the student. Classifiers, servers and models that are asked yes or no
+    are `RewardModel`s, all else is a `LanguageModel`.
     """
     known = dict(checkpoints or {})
     if isinstance(spec, Mapping):
@@ -38,25 +42,50 @@ def load(
                     "traces have no tokenizer of their own: only a teacher can be replayed"
                 )
             return TraceFile(spec["traces"], tokenizer_of)
+        if "server" in spec:
+            from harness.models.openai import JudgeServer
+
+            find(spec, known)
+            names = {"url": "server", "model": "model", "key": "key"}
+            return JudgeServer(**{to: spec[of] for to, of in names.items() if of in spec})
+        if set(spec) == {"ask"}:
+            from harness.models.reward import YesNo
+
+            name = spec["ask"]
+            return YesNo(load(name, checkpoints=checkpoints, device=device, dtype=dtype))
         if set(spec) == {"model", "adapter"}:
             raise ValueError(
                 "adapters are not available in this version; leave `adapter` out to train all weights"
             )
         if set(spec) != {"model"}:
             raise ValueError(
-                f"a model is a name, {{model: …}} or {{traces: file.jsonl}}; found the keys {', '.join(map(str, spec))}"
+                f"a model is a name, {{model: …}}, {{traces: file.jsonl}}, {{ask: …}} or {{server: …, model: …}}; found the keys {', '.join(map(str, spec))}"
             )
     name, path = find(spec, known)
-    from harness.models.hf import HFModel
-
     try:
-        return HFModel.load(path if path.is_dir() else name, device=device, dtype=dtype, name=name)
+        backend: Any
+        if classifies(name, path, known):
+            from harness.models.reward import RewardHF as backend
+        else:
+            from harness.models.hf import HFModel as backend
+
+        return backend.load(path if path.is_dir() else name, device=device, dtype=dtype, name=name)
     except OSError as error:
         raise ValueError(not_found(name, known, str(error).strip().split("\n")[0])) from error
 
 
 def find(spec: str | Path | Mapping[str, Any], known: Mapping[str, Path]) -> tuple[str, Path]:
     """A model's name and its folder (or Hub id), without loading it; refuses what cannot be one."""
+    if isinstance(spec, Mapping) and "server" in spec:
+        address = str(spec["server"])
+        if not {"server", "model"} <= set(spec) <= SERVER or not address.startswith("http"):
+            raise ValueError(
+                f"a server is {{server: http://…/v1, model: NAME}}, with `key` for the environment variable that holds "
+                f"its key (OPENAI_API_KEY otherwise); found the keys {', '.join(map(str, spec))}"
+            )
+        return str(spec["model"]), Path(str(spec["model"]))
+    if isinstance(spec, Mapping) and set(spec) == {"ask"}:
+        return find(spec["ask"], known)
     name = str(spec["model"] if isinstance(spec, Mapping) else spec)
     path = Path(known.get(name, name))
     if path.is_dir():
@@ -76,14 +105,24 @@ def capabilities(
             raise ValueError(f"traces: there is no file {str(spec['traces'])!r}")
         return frozenset(("generate",))
     name, path = find(spec, known)
+    asked = isinstance(spec, Mapping) and bool({"server", "ask"} & set(spec))
+    if asked or classifies(name, path, known):
+        return frozenset(("reward",))
+    return frozenset(("generate", "score", "logits"))
+
+
+def classifies(name: str, path: Path, known: Mapping[str, Path]) -> bool:
+    """Whether a checkpoint is a classifier, as its configuration says."""
+    file = path / "config.json"
     if not path.is_dir():  # a Hub id: its configuration is small, and asks whether it exists
         from huggingface_hub import hf_hub_download
 
         try:
-            hf_hub_download(name, "config.json")
+            file = Path(hf_hub_download(name, "config.json"))
         except (OSError, ValueError) as error:
             raise ValueError(not_found(name, known, type(error).__name__)) from None
-    return frozenset(("generate", "score", "logits"))
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return any(kind.endswith(CLASSIFIERS) for kind in config.get("architectures") or ())
 
 
 def check_vocabularies(student: Any, teacher: Any, known: Mapping[str, Path]) -> None:

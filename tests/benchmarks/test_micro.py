@@ -6,14 +6,16 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import CHECKPOINTS, MICRO_VERSION, PROBLEMS
 from benchmarks.micro import code, math, scores
 from benchmarks.micro.problems import MicroSet, family_of, reasoning_lines, split_of
 from benchmarks.micro.tokenizer import WORDS, build
-from harness.types import Problem, ProblemSet
+from harness.types import Problem, ProblemSet, Trace, Verdict
 
 MATH, CODE = PROBLEMS["micro_math"], PROBLEMS["micro_code"]
 REDUCE = Problem("micro_math/reduce-5-0", "(((4+3)+1)*5)+(2+3)=?", "45")
@@ -24,6 +26,9 @@ PIPELINE = Problem(
     "keep even, sort, add 1, sum",
     domain="code",
 )
+
+
+BOUNDS = {"all lines": 0.8, "math": 0.8, "code": 0.6, "answer": 0.75}  # AUCs of the committed judge
 
 
 def think(*lines: str, answer: str = "") -> str:
@@ -208,6 +213,50 @@ def test_importing_the_problems_loads_no_tensor_library() -> None:
         "import benchmarks, sys; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+# The reward model -----------------------------------------------------------------------------------------------------
+
+
+def steps(problem: Problem, text: str, **fields: Any) -> list[tuple[str, str, bool]]:
+    """(kind, text of the step, right) of a response's steps."""
+    verdict = Verdict("ok" if scores.correct(problem, text) else "wrong")
+    trace = Trace(problem, (), text, **{"finished": True, "verdict": verdict, **fields})
+    found, start = [], 0
+    for step in scores.steps(trace):
+        found.append((step.kind, text[start : step.end], step.right))
+        start = step.end
+    return found
+
+
+def test_steps_end_with_their_lines_and_carry_the_oracles_verdict() -> None:
+    problem = replace(REDUCE, prompt="(1+2)+3=?", answer="6")
+    whole = "<think>\n3+3\n7\n</think>\n6"
+    first = [("line", "<think>\n3+3\n", True), ("line", "7\n", False)]
+    close = ("close", "</think>\n", False)
+    assert steps(problem, whole) == [*first, close, ("answer", "6", True)]
+    assert steps(problem, whole, finished=False) == [*first, close]
+    assert steps(problem, whole[:-1]) == [*first, close]
+    assert steps(problem, "<think>\n3+3\n\n7") == first[:1]  # the last line may go on
+    sound = [("line", "<think>\n3+3\n", True), ("line", "6\n", True), ("close", "</think>\n", True)]
+    assert steps(problem, "<think>\n3+3\n6\n</think>\n7") == [*sound, ("answer", "7", False)]
+    assert steps(problem, "6") == []
+
+
+def test_the_figures_of_a_judge_by_hand() -> None:
+    right = np.array([True, True, False, False])
+    found = scores.judged(np.array([0.95, 0.25, 0.25, 0.05]), right)
+    assert (found["n"], found["right"], found["auc"]) == (4, 0.5, pytest.approx(0.875))
+    assert found["brier"] == pytest.approx((0.05**2 + 0.75**2 + 0.25**2 + 0.05**2) / 4)
+    assert found["ece"] == pytest.approx((0.05 + abs(0.5 - 1) + 0.05) / 4)
+
+
+def test_the_committed_judge_tells_right_steps_from_wrong_ones() -> None:
+    table = scores.measure_judge(CHECKPOINTS["micro/prm"].parent, 3)
+    assert table["all lines"]["n"] > 300
+    for part, least in BOUNDS.items():
+        assert table[part]["auc"] > least, (part, table[part])
+    assert table["all lines"]["ece"] < 0.1
 
 
 # Tokenizer ------------------------------------------------------------------------------------------------------------
