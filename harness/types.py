@@ -146,7 +146,7 @@ class Tokens:
     scalars: Mapping[str, Tensor]  # each [N]
     progress: float = 0.0  # share of the stage that is done, 0..1
 
-    def rows(self, part: slice) -> Tokens:
+    def rows(self, part: slice | Tensor) -> Tokens:
         return Tokens(
             self.targets[part],
             self.weights[part],

@@ -13,6 +13,7 @@ from harness.objectives import forward_kl, nll, reverse_kl, skew_kl, skew_revers
 from harness.registry import Method
 from harness.types import Example, Lab, OffPolicy, OnPolicy, Problem, Stage
 from methods.vcrd import VCRD
+from methods.vcrd.loss import StepLoss, examples
 from methods.vcrd.proposals import pairs
 from tests.benches import Run, problems
 
@@ -42,21 +43,14 @@ class Plain(Method):
 
         def make(block: Sequence[Problem]) -> list[Example]:
             unique = list({problem.id: problem for problem in block}.values())
-            chosen = unique[: 2 * max(1, self.refresh)]  # 2 problems, 2 positions, 2 models: 8
-            found = []
-            for pair in pairs(lab, VCRD(**LOCAL), chosen, self.refresh > 0):
-                for who, action in (("teacher", pair.teacher), ("student", pair.student)):
-                    loss = tuple(i >= action.prefix for i in range(len(action.tokens)))
-                    prompt = lab.student.encode(lab.prompt(action.problem))
-                    found.append(
-                        Example(action.problem.id, prompt, action.tokens, 1.0, loss, term=who)
-                    )
-            return found
+            chosen = unique[
+                : 2 * max(1, self.refresh)
+            ]  # 2 responses and 2 positions of each: at most 6 of 8
+            found = pairs(lab, VCRD(**LOCAL), chosen, self.refresh > 0)
+            return [*examples(lab, found, [1.0] * len(found), {"teacher": 1.0, "student": 1.0})]
 
-        terms = {"teacher": skew_kl(0.1), "student": skew_reverse_kl(0.1)}
-        return Stage(
-            "s", OnPolicy(lab.problems, make, max(1, self.refresh)), terms, mean="sequence"
-        )
+        both = StepLoss({"teacher": skew_kl(0.1), "student": skew_reverse_kl(0.1)})
+        return Stage("s", OnPolicy(lab.problems, make, max(1, self.refresh)), both, mean="sum")
 
 
 @pytest.fixture(autouse=True)

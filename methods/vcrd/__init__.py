@@ -17,9 +17,10 @@ from harness.config import search
 from harness.objectives import forward_kl, jsd, nll, reverse_kl, skew_kl, skew_reverse_kl
 from harness.registry import Method, method
 from harness.types import Example, Lab, Measure, Objective, OnPolicy, Problem, Stage
+from methods.vcrd import loss
 from methods.vcrd.proposals import Pair, pairs, responses
 from methods.vcrd.validity import validities
-from methods.vcrd.weights import TokenWeighted, weights
+from methods.vcrd.weights import weights
 
 Make = Callable[[Sequence[Problem]], list[Example]]
 
@@ -111,43 +112,38 @@ class VCRD(Method):
         return {who: of for who, of in terms.items() if who == "teacher" or self.gamma > 0}
 
     def stages(self, lab: Lab) -> Iterator[Stage]:
-        objectives, every = self.objectives, max(1, self.refresh)
-        problems, make = lab.problems, self._fresh(lab)
+        every = max(1, self.refresh)
         if self.granularity == "token":
-            objectives = {who: TokenWeighted(of) for who, of in objectives.items()}
-            make = self._whole(lab)
-        elif not self.refresh:
+            terms = {who: loss.TokenWeighted(of) for who, of in self.objectives.items()}
+            yield Stage(
+                "vcrd", OnPolicy(lab.problems, self._whole(lab), every), terms, mean="sequence"
+            )
+            return
+        problems, make = lab.problems, self._fresh(lab)
+        if not self.refresh:
             made = self.examples(lab, lab.problems, fresh=False)
             problems, make = self._stored(lab.problems, made)
-        step = self.normalise == "batch_mean" and self.granularity == "step"
-        normalise: Literal["step", "none"] = "step" if step else "none"
-        source = OnPolicy(problems, make, every)
-        yield Stage("vcrd", source, objectives, mean="sequence", normalise=normalise)
+        normalise: Literal["step", "none"] = "step" if self.normalise == "batch_mean" else "none"
+        objective = loss.StepLoss(self.objectives)
+        yield Stage(
+            "vcrd", OnPolicy(problems, make, every), objective, mean="sum", normalise=normalise
+        )
 
     def examples(self, lab: Lab, problems: Sequence[Problem], fresh: bool) -> list[Example]:
-        """Both steps of every pair, the prefix as context, with the pair's weight."""
+        """The sequences that hold the loss of both steps of every pair, each weighed as its pair."""
         made = pairs(lab, self, problems, fresh)
         teacher = student = np.full(len(made), 0.5)
         if self.weight != "uniform":  # which asks nobody
             teacher, student = validities(lab, self, made, fresh)
         strength = weights(self, teacher, student, lab.rng("vcrd: shuffle", on_policy=fresh))
         lab.note("pairs", summary(made, teacher, student, strength))
-        found = []
-        for pair, weight in zip(made, strength.tolist(), strict=True):
-            for who in self.objectives:
-                action = pair.teacher if who == "teacher" else pair.student
-                prompt = lab.student.encode(lab.prompt(action.problem))
-                loss = tuple(place >= action.prefix for place in range(len(action.tokens)))
-                scale = weight * self.gamma if who == "student" else weight
-                found.append(
-                    Example(action.problem.id, prompt, action.tokens, scale, loss, term=who)
-                )
-        return found
+        sides = {who: {"teacher": 1.0, "student": self.gamma}[who] for who in self.objectives}
+        return [*loss.examples(lab, made, strength.tolist(), sides)]
 
     def _few(self, block: Sequence[Problem]) -> list[Problem]:
-        """As many problems as make the step's sequences: each gives M positions, and each position one sequence a term."""
+        """As many problems as make the step's sequences at most: a response, and M proposals of the other model."""
         every = max(1, self.refresh)
-        each = max(1, len(block) // every // (self.positions * len(self.objectives)))
+        each = max(1, len(block) // every // (1 + self.positions))
         return [*{problem.id: problem for problem in block}.values()][: each * every]
 
     def _fresh(self, lab: Lab) -> Make:

@@ -15,6 +15,7 @@ from harness.verifiers.steps import STOPS, Separator, actions, whole
 if TYPE_CHECKING:
     from methods.vcrd import VCRD
 
+OTHER = {"teacher": "student", "student": "teacher"}
 BY_DOMAIN: dict[str, Separator] = {"math": "blank", "code": "statement"}  # other text: sentence
 
 
@@ -44,6 +45,15 @@ class Pair:
     teacher: Action
     student: Action
     source: str  # who wrote the prefix: teacher or student
+
+    @property
+    def own(self) -> Action:
+        """The step of the response that the prefix is cut from."""
+        return self.teacher if self.source == "teacher" else self.student
+
+    @property
+    def other(self) -> Action:
+        return self.student if self.source == "teacher" else self.teacher
 
     @property
     def same(self) -> bool:
@@ -85,17 +95,16 @@ def pairs(lab: Lab, vcrd: VCRD, problems: Sequence[Problem], fresh: bool) -> lis
             (_action(lab, trace.problem, steps[k].start, trace.tokens[: steps[k].stop]), who)
             for k in chosen
         ]
-    other = {"teacher": "student", "student": "teacher"}
     answers: dict[tuple[str, Ids, str], Action] = {}
-    for who in other:
-        asked = [action for action, author in own if other[author] == who]
+    for who in OTHER:
+        asked = [action for action, author in own if OTHER[author] == who]
         for found in propose(lab, vcrd, who, fresh, asked):
             answers[found.problem.id, found.tokens[: found.prefix], who] = found
     made = []
     for action, who in own:
-        answer = answers.get((action.problem.id, action.tokens[: action.prefix], other[who]))
+        answer = answers.get((action.problem.id, action.tokens[: action.prefix], OTHER[who]))
         if answer is not None:
-            both = {who: action, other[who]: answer}
+            both = {who: action, OTHER[who]: answer}
             made.append(Pair(both["teacher"], both["student"], who))
     return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from math import exp, log
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from harness.objectives import forward_kl, skew_kl, skew_reverse_kl
 from harness.store import Store
 from harness.types import Example, Ids, OnPolicy, Problem, Request, Scores, Tokens
 from methods.vcrd import VCRD
+from methods.vcrd.loss import StepLoss, TokenWeighted, examples
 from methods.vcrd.proposals import Action, Pair, pairs, positions, propose
 from methods.vcrd.validity import ESTIMATORS, judge, validities
-from methods.vcrd.weights import TokenWeighted, weights
+from methods.vcrd.weights import weights
 from tests.benches import SAMPLING, Cut, Run, shared_store
 
 FORMS = ["sigmoid", "linear", "ratio", "exp", "hard", "relu"]  # calibrated by Delta
@@ -431,18 +432,101 @@ def made(run: Run) -> list[Example]:
     return run.method.examples(run.lab, run.lab.problems, False)
 
 
+def local(run: Run, **fields: Any) -> list[Pair]:
+    return pairs(run.lab, vcrd(positions=2, **fields), run.lab.problems, False)
+
+
 def test_p1_p7_a_pair_is_two_steps_under_one_prefix(run: Run) -> None:
-    examples = made(run)
-    assert examples and {e.term for e in examples} == {"teacher", "student"}
-    for teacher, student in zip(examples[::2], examples[1::2], strict=True):
-        cut = [e.loss.index(True) for e in (teacher, student) if e.loss]
-        assert cut[0] == cut[1] and teacher.weight == student.weight
-        assert teacher.response[: cut[0]] == student.response[: cut[0]]
-        for e in (teacher, student):
-            assert e.loss == tuple(i >= cut[0] for i in range(len(e.response)))
-            assert e.token_weights is None  # one weight a step
-            step = run.student.decode(e.response[cut[0] :])
-            assert step.count("\n") == 1 or e.response[-1] == run.student.end
+    found = local(run)
+    assert {pair.source for pair in found} == {"teacher", "student"}
+    for pair in found:
+        assert pair.teacher.prefix == pair.student.prefix
+        cut = pair.teacher.prefix
+        assert pair.teacher.tokens[:cut] == pair.student.tokens[:cut]
+        for action in (pair.teacher, pair.student):
+            step = run.student.decode(action.step)
+            assert action.terminal or (step.count("\n") == 1 and step.endswith("\n"))
+
+
+def step_loss(run: Run, action: Action, objective: Any) -> float:
+    """mean_i D(teacher, student) over the step's tokens, from whole logits"""
+    prompt = run.student.encode(run.lab.prompt(action.problem))
+    ids = torch.tensor([(*prompt, *action.tokens)])
+    rows = slice(len(prompt) + action.prefix - 1, len(prompt) + len(action.tokens) - 1)
+    with torch.no_grad():
+        q, p = (model.model(ids).logits[0, rows] for model in (run.student, run.teacher))
+    return float(objective(q, p, Tokens(ids[0], ids[0], {})).mean())
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"gamma": 0.25}, {"base_loss": "fkl"}, {"base_loss": "rkl", "normalise": "none"}, {"base_loss": "gjsd", "beta": 0.3},
+    {"normalise": "none", "weight": "relu"},
+])  # fmt: skip
+def test_the_packed_loss_is_the_definition(fields: dict[str, Any]) -> None:
+    """One step over all pairs: sum_k w_k [T_k + gamma S_k] over sum_k w_k (1 + gamma), or over the number of proposals."""
+    settings = {"steps": "line", "refresh": 0, "positions": 3, "validity": "oracle", **fields}
+    run = Run("vcrd", settings, train=False)
+    method = run.method
+    assert isinstance(method, VCRD)
+    found = pairs(run.lab, method, run.lab.problems, False)
+    w = weights(method, *validities(run.lab, method, found, False), RNG)
+    sides = {who: (method.gamma if who == "student" else 1.0) for who in method.objectives}
+    total = sum(
+        weight * scale * step_loss(run, getattr(pair, who), method.objectives[who])
+        for pair, weight in zip(found, w, strict=True)
+        for who, scale in sides.items()
+    )
+    scale = len(found) * len(sides) if method.normalise == "none" else w.sum() * sum(sides.values())
+    made_ = method.examples(run.lab, run.lab.problems, False)
+    assert len(made_) == len(found) * len(sides) and any(not e.response for e in made_)
+    assert len({round(x, 6) for x in w.tolist()}) > 1
+    run.trainer._step(run.stages[0], made_, lambda: run.lab.teacher, 0.0)
+    assert run.losses == pytest.approx([total / scale], rel=1e-4)
+
+
+def test_packing_by_hand() -> None:
+    """A response of three steps of 2 tokens; at its first both models agree, at its last the other model writes 3 tokens."""
+    lab = bench({"add": [""]})
+    full = lab.teacher.tokenize("a\nb\nc\n", end=False)
+    first, last = Action(ADD, 0, full[:2], "", False), Action(ADD, 4, full, "", False)
+    other = Action(ADD, 4, (*full[:4], *lab.teacher.tokenize("de\n", end=False)), "", False)
+    given = [Pair(first, first, "student"), Pair(other, last, "student")]
+    own, apart, *saved = examples(lab, given, [2.0, 0.5], {"teacher": 1.0, "student": 0.25})
+    # the response: 2 as teacher's, 0.5 as student's first step, 0.125 as student's last
+    assert own.response == full and own.weight == pytest.approx(2.625)
+    assert own.loss == (True, True, False, False, True, True)
+    assert [x * 2.625 for x in own.scalars["teacher"]] == pytest.approx([1, 1, 0, 0, 0, 0])  # type: ignore[union-attr]
+    assert [x * 2.625 for x in own.scalars["student"]] == pytest.approx(
+        [0.25, 0.25, 0, 0, 0.0625, 0.0625]
+    )  # type: ignore[union-attr]
+    assert (
+        apart.response == other.tokens
+        and apart.weight == 0.5
+        and apart.loss == (*[False] * 4, *[True] * 3)
+    )
+    assert apart.scalars["teacher"] == pytest.approx((*[0] * 4, *[1 / 3] * 3)) and not any(
+        apart.scalars["student"]
+    )  # type: ignore[arg-type]
+    assert [(e.weight, e.response) for e in saved] == [
+        (0, ())
+    ] * 2  # four proposals in two sequences
+
+
+def test_the_step_losss_gradient_is_that_of_autograd() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 5, generator=generator).double()
+    shares = {
+        "teacher": torch.tensor([0, 0.5, 1, 0, 0.2, 0]).double(),
+        "student": torch.tensor([0.3, 0, 1, 0, 0, 0]).double(),
+    }
+    tokens = Tokens(torch.zeros(6, dtype=torch.long), torch.ones(6), shares)
+    objective = StepLoss(vcrd().objectives)
+    leaf = student.clone().requires_grad_()
+    value = objective(leaf, teacher, tokens)
+    value.sum().backward()
+    loss, slope = objective.gradient(student.clone(), teacher, tokens)
+    assert torch.allclose(value, loss) and torch.allclose(leaf.grad, slope)  # type: ignore[arg-type]
+    assert value[3] == 0 == value[5]
 
 
 @pytest.mark.parametrize("fields", [
@@ -475,28 +559,29 @@ def test_all_weight_forms_share_one_set_of_proposals_and_verdicts(run: Run) -> N
     assert "validity" not in uniform.ledger.purposes["teacher_generated"]  # it asks nobody
 
 
-def test_a_step_holds_as_many_sequences_as_the_batch() -> None:
-    run = Run(
-        "vcrd", {"steps": "line", "refresh": 3, "positions": 2, "validity": "const"}, train=False
-    )
+def test_a_step_holds_at_most_as_many_sequences_as_the_batch() -> None:
+    fields = {"steps": "line", "refresh": 3, "positions": 3, "validity": "const"}
+    run = Run("vcrd", fields, train=False)
     source = run.stages[0].source
     assert isinstance(source, OnPolicy) and source.every == 3
     block = list(
         run.lab.problems
-    )  # 24: three steps of 8, each of 2 problems with 2 positions and 2 terms
-    assert len(run.method._few(block)) == 6  # type: ignore[attr-defined]
-    assert len(VCRD(base_loss="fkl", positions=2, refresh=3)._few(block)) == 12
+    )  # 24: three steps of 8 sequences, each of 2 responses with 3 more each at most
+    assert isinstance(run.method, VCRD) and len(run.method._few(block)) == 6
     assert len(VCRD(positions=64, refresh=3)._few(block)) == 3
+    drawn = source.make(block)
+    assert 0 < sum(bool(e.response) for e in drawn) <= 24
 
 
-def test_gamma_weighs_the_students_step_and_fkl_leaves_it_out() -> None:
-    fields = {"steps": "line", "refresh": 0, "validity": "oracle", "positions": 2}
-    half = made(Run("vcrd", {**fields, "gamma": 0.5}, train=False))
-    assert len({e.weight for e in half[::2]}) > 1
-    assert [e.weight for e in half[1::2]] == [e.weight / 2 for e in half[::2]]
-    alone = Run("vcrd", {**fields, "base_loss": "fkl"}, train=False)
-    assert {e.term for e in alone.examples[0]} == {"teacher"}
-    assert alone.stages[0].objective == {"teacher": forward_kl}
+def test_fkl_leaves_the_students_step_out_and_gamma_can() -> None:
+    for fields in ({"base_loss": "fkl"}, {"gamma": 0.0}):
+        alone = Run(
+            "vcrd",
+            {"steps": "line", "refresh": 0, "validity": "oracle", "positions": 2, **fields},
+            train=False,
+        )
+        assert not any(any(e.scalars["student"]) for e in made(alone) if e.response)  # type: ignore[arg-type]
+    assert VCRD(base_loss="fkl").objectives == {"teacher": forward_kl}
 
 
 def test_the_default_loss_is_skew_kl_on_the_teachers_and_skew_reverse_kl_on_the_students_step() -> (
@@ -544,17 +629,14 @@ def test_it_works_on_code() -> None:
     assert notes["prefixes"] > 20 and low < high
 
 
-def test_weights_reach_the_loss(run: Run) -> None:
-    """Oracle weights differ between pairs, and the stage divides by their mean in each step."""
-    assert len({round(e.weight, 6) for e in made(run)}) > 1
-    assert run.stages[0].normalise == "step" and run.stages[0].mean == "sequence"
+def test_normalisation_is_that_of_the_step(run: Run) -> None:
+    assert run.stages[0].normalise == "step" and run.stages[0].mean == "sum"
     plain = Run(
         "vcrd",
         {"steps": "line", "refresh": 0, "normalise": "none", "validity": "const"},
         train=False,
     )
     assert plain.stages[0].normalise == "none"
-    assert isinstance(plain.examples[0][0], Example) and log(plain.examples[0][0].weight) == 0
 
 
 ON_POLICY = {"steps": "line", "refresh": 2, "positions": 2, "rollouts": 2, "completer": "both"}
