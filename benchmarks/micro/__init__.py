@@ -1,4 +1,4 @@
-"""The micro world: problems whose every step can be judged, and three small models that live in it."""
+"""The micro world: problems whose every step can be judged, and four small models that live in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CODE = MicroSet(
 )
 CHECKPOINTS = {
     f"micro/{name}": Path(__file__).parent / "checkpoints" / name
-    for name in ("teacher", "student", "prm")
+    for name in ("teacher", "student", "either", "prm")
 }
 
 __all__ = ["CHECKPOINTS", "CODE", "MATH", "MICRO_VERSION"]

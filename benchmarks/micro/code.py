@@ -193,12 +193,14 @@ def program(names: tuple[str, ...]) -> str:
     return response(lines, "\n".join(["```python", ENTRY, *body, "```"]))
 
 
-def solution(problem: Problem, order: Literal["right", "left"] = "right") -> str:
+def solution(problem: Problem, order: Literal["right", "left", "any"] = "right") -> str:
     """A correct response: `right` keeps the pipeline's order, `left` brings forward the last operation that may go next."""
     pending, values = pipeline(problem.prompt), list(INPUTS)
     names: list[str] = []
+    rng = random.Random(problem.prompt)
     while pending:
-        i = 0 if order == "right" else valid_next(pending, values)[-1]
+        able = valid_next(pending, values)
+        i = {"right": 0, "left": able[-1]}.get(order, rng.choice(able))
         names.append(pending[i])
         values = after((pending[i],), values) or values
         pending = pending[:i] + pending[i + 1 :]

@@ -104,6 +104,21 @@ STUDENT = Recipe(
         "code": {2: 2, 3: 1.2, 4: 0.6, 5: 0.3, 6: 0.1},
     },
 )
+EITHER = Recipe(  # a student that takes any of the valid steps
+    name="either",
+    seed=3,
+    width=96,
+    layers=3,
+    heads=4,
+    steps=1600,
+    order="any",
+    hinted=0.05,
+    mixture={
+        "reduce": {1: 8, 2: 11, 3: 4, 4: 2, 5: 0.8, 6: 0.25, 7: 0.12},
+        "solve": {1: 8, 2: 5, 3: 2, 4: 1, 5: 0.4, 6: 0.12},
+        "code": {2: 2, 3: 1.2, 4: 0.6, 5: 0.3, 6: 0.1},
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -298,7 +313,7 @@ def save(model: PreTrainedModel, tok: PreTrainedTokenizerFast, folder: Path) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the micro models.")
     parser.add_argument("--out", type=Path, default=CHECKPOINTS, help="folder for the checkpoints")
-    parser.add_argument("--only", choices=("teacher", "student", "prm"), help="train one of them")
+    parser.add_argument("--only", choices=("teacher", "student", "either", "prm"), help="train one of them")
     parser.add_argument("--scale", type=float, default=1.0, help="multiply the training steps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--problems", type=int, default=200, help="scored problems a level")
@@ -306,7 +321,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     tok = tokenizer.build()
     threads = {"threads": arguments.threads}  # decides the last bits
-    for recipe in (TEACHER, STUDENT):
+    for recipe in (TEACHER, STUDENT, EITHER):
         if arguments.only in (None, recipe.name):
             recipe = replace(recipe, steps=max(1, round(recipe.steps * arguments.scale)))
             start = time.perf_counter()

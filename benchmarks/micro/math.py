@@ -18,7 +18,8 @@ Expression = int | tuple[str, "Expression", "Expression"]  # a number, or (opera
 Equation = tuple[
     tuple[tuple[str, int], ...], int
 ]  # operations around x, innermost first; right-hand side
-Order = Literal["right", "left"]  # which of several valid steps a written solution takes
+# Which of several valid steps a written solution takes; any: one drawn by the problem's text.
+Order = Literal["right", "left", "any"]
 
 SOURCE = "micro_math"
 LARGEST, LARGEST_ADDED, LARGEST_X = 99, 49, 20  # any value; a number added in an equation; x
@@ -203,9 +204,10 @@ def next_lines(line: str) -> list[str]:
 
 def solution_lines(prompt: str, order: Order) -> list[str]:
     """A correct derivation: `right` takes the right-most (outermost) step each time, `left` the left-most."""
-    lines = [prompt.removesuffix("=?")]
+    lines, rng = [prompt.removesuffix("=?")], random.Random(prompt)
     while steps := next_lines(lines[-1]):
-        lines.append(steps[-1] if order == "right" else steps[0])
+        choice = {"right": -1, "left": 0}.get(order, rng.randrange(len(steps)))
+        lines.append(steps[choice])
     return lines[1:]
 
 

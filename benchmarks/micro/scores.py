@@ -288,7 +288,7 @@ def markdown(scores: Mapping[str, Any]) -> str:
         "right answers whose every line is valid. *First errors*: of the wrong answers at T=0.7 without a hint, how many have",
         "their first invalid line at step 1, 2, … (none: every line is valid, the rest is missing or wrong).",
     ]
-    for name in ("teacher", "student"):
+    for name in ("teacher", "student", "either"):
         if name not in scores:
             continue
         facts = ", ".join(f"{key} {value}" for key, value in scores[name]["recipe"].items())

@@ -126,7 +126,7 @@ def test_reasoning_lines_are_those_of_the_think() -> None:
 
 
 @pytest.mark.parametrize("problems", [MATH, CODE], ids=["math", "code"])
-@pytest.mark.parametrize("order", ["right", "left"])
+@pytest.mark.parametrize("order", ["right", "left", "any"])
 def test_every_solution_is_valid_and_correct(problems: ProblemSet, order: math.Order) -> None:
     assert isinstance(problems, MicroSet) and problems.oracle is not None
     levels = sorted({level for levels in problems.levels.values() for level in levels})
