@@ -313,7 +313,9 @@ def save(model: PreTrainedModel, tok: PreTrainedTokenizerFast, folder: Path) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the micro models.")
     parser.add_argument("--out", type=Path, default=CHECKPOINTS, help="folder for the checkpoints")
-    parser.add_argument("--only", choices=("teacher", "student", "either", "prm"), help="train one of them")
+    parser.add_argument(
+        "--only", choices=("teacher", "student", "either", "prm"), help="train one of them"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="multiply the training steps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--problems", type=int, default=200, help="scored problems a level")
