@@ -59,7 +59,8 @@ def scorecard(
     card: dict[str, Any] = {"arms": {}}
     with Display(len(jobs)) if not quiet else Silent() as display:
         for job in jobs:
-            card["arms"][job.label] = _rows(job, setting, student, limit, display)
+            if rows := _rows(job, setting, student, limit, display):  # a control may have none
+                card["arms"][job.label] = rows
             display.finish(job.name)
     cell.write_json(folder / "mechanisms.json", card)
     if (folder / "summary.json").is_file():

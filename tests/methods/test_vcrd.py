@@ -19,13 +19,13 @@ from harness.ledger import Ledger
 from harness.models.scripted import Scripted
 from harness.objectives import forward_kl, skew_kl, skew_reverse_kl
 from harness.store import Store
-from harness.types import Example, Ids, OnPolicy, Problem, Request, Scores, Tokens
+from harness.types import Example, Ids, Measure, OnPolicy, Problem, Request, Scores, Tokens
 from methods.vcrd import VCRD
 from methods.vcrd.loss import StepLoss, TokenWeighted, examples
 from methods.vcrd.proposals import Action, Pair, pairs, positions, propose
 from methods.vcrd.validity import ESTIMATORS, judge, validities
 from methods.vcrd.weights import weights
-from tests.benches import SAMPLING, Cut, Run, shared_store
+from tests.benches import SAMPLING, Cut, Run, problems, shared_store
 
 FORMS = ["sigmoid", "linear", "ratio", "exp", "hard", "relu"]  # calibrated by Delta
 CONTROLS = ["teacher_only", "student_only", "inverted", "shuffled", "uniform"]
@@ -659,3 +659,41 @@ def test_an_on_policy_run_that_was_cut_ends_in_the_same_student(tmp_path: Path) 
     again = Run("vcrd", ON_POLICY, checkpoint=path)
     assert again.losses == whole.losses and again.student.identity == whole.student.identity
     assert again.ledger.purposes == whole.ledger.purposes
+
+
+# -- scorecard ------------------------------------------------------------------------------------
+
+
+def test_the_scorecard_holds_every_estimator_against_the_oracle() -> None:
+    run = Run(
+        "vcrd",
+        {"steps": "line", "refresh": 0, "rollouts": 4, "positions": 2},
+        items=problems(40, hard=True),
+        train=False,
+    )
+    run.teacher._allowed |= {"score"}
+    rows = run.method.mechanisms(run.lab)
+    same = rows["both propose the same step"]
+    found = pairs(run.lab, vcrd(positions=2), run.lab.problems, False)
+    assert isinstance(same, Measure) and same.values == [float(pair.same) for pair in found]
+    both = [rows[f"the {who}'s step is the better one"].values for who in ("teacher", "student")]  # type: ignore[union-attr]
+    assert any(both[0]) and not any(a and b for a, b in zip(*both, strict=True))
+    area = rows["AUC of V on the student's steps: rollouts by teacher, K = 4"]
+    assert (
+        isinstance(area, Measure)
+        and area.labels is not None
+        and len(area.values) == len(area.labels) < len(found)
+    )
+    for k in (2, 4):
+        assert f"calibration of V: rollouts by both, K = {k}" in rows
+    assert any(
+        name.startswith("correlation of V with the truth: rollouts by student, level 6")
+        for name in rows
+    )
+    assert "calibration of V: likelihood" in rows
+    assert not any("process reward model" in name for name in rows)  # the suite names none
+
+
+def test_controls_have_no_scorecard() -> None:
+    run = Run("vcrd", {"steps": "line", "refresh": 0, "weight": "uniform"}, train=False)
+    assert run.method.mechanisms(run.lab) == {}
