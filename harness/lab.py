@@ -89,8 +89,8 @@ class Workbench:
         column = "student_generated" if self._is_student(model) else "teacher_generated"
         if on_policy:
             traces = model.generate(requests, settings)
-            self._spend(column, model, [t for group in traces for t in group])
-            traces = self._charged(column, model, traces, None, purpose)
+            self._spend(column, model, [t for group in traces for t in group], requests)
+            traces = self._charged(column, model, traces, None, purpose, requests)
             return self._verified(traces, verifiers.opens_think(model)) if judge else traces
         keys = [sample_keys(model, request, n) for request in requests]
         group = sample_group(model, settings)
@@ -105,7 +105,7 @@ class Workbench:
         ]
         name = digest(group)
         paid = [[name + key for key in mine] for mine in keys]
-        traces = self._charged(column, model, traces, paid, purpose)
+        traces = self._charged(column, model, traces, paid, purpose, requests)
         return traces if judge is False else self._verified(traces, verifiers.opens_think(model))
 
     def scores(
@@ -294,7 +294,7 @@ class Workbench:
 
         def make(block: int) -> list[dict[str, Any]]:
             traces = model.generate_block(blocks[block])  # type: ignore[attr-defined]
-            self._spend(column, model, traces)
+            self._spend(column, model, traces, blocks[block].requests)
             return [_row(trace) for trace in traces]
 
         needed = {key for mine in keys for key in mine}
@@ -332,10 +332,18 @@ class Workbench:
         if blocks:
             self._report(phase, len(blocks), len(blocks))
 
-    def _spend(self, column: str, model: LanguageModel, traces: Sequence[Trace]) -> None:
+    def _spend(
+        self,
+        column: str,
+        model: LanguageModel,
+        traces: Sequence[Trace],
+        requests: Sequence[Request],
+    ) -> None:
         tokens = sum(len(trace.tokens) - trace.prefix for trace in traces)
+        read = sum(_given(model, request) for request in requests)
+        parameters = getattr(model, "num_parameters", 0)
         self._ledger.spend(column, tokens)
-        self._ledger.spend("flops", forward_flops(getattr(model, "num_parameters", 0), tokens))
+        self._ledger.spend("flops", forward_flops(parameters, tokens + read))
 
     def _charged(
         self,
@@ -344,8 +352,12 @@ class Workbench:
         traces: list[list[Trace]],
         keys: Sequence[Sequence[str]] | None,
         purpose: str,
+        requests: Sequence[Request],
     ) -> list[list[Trace]]:
-        """Charge each trace once, in order; what a cap no longer allows is not handed out."""
+        """Charge each trace once, in order; what a cap no longer allows is not handed out.
+
+        FLOPs count what is written, and what stands before it once a request: its samples share that pass.
+        """
         allowed: list[list[Trace]] = []
         parameters = getattr(model, "num_parameters", 0)
         for position, group in enumerate(traces):
@@ -357,6 +369,10 @@ class Workbench:
                 tokens = len(trace.tokens) - trace.prefix
                 self._ledger.charge(column, tokens, key, purpose)
                 self._ledger.charge("flops", forward_flops(parameters, tokens), key)
+                if not allowed[-1]:
+                    read = forward_flops(parameters, _given(model, requests[position]))
+                    shared = None if key is None else f"{key.rpartition('-')[0]} is read"
+                    self._ledger.charge("flops", read, shared)
                 allowed[-1].append(trace)
         return allowed
 
@@ -445,6 +461,11 @@ def sample_keys(model: LanguageModel, request: Request, n: int) -> list[str]:
     """The store keys of a request's samples."""
     start = digest([model.encode(request.prompt), request.prefix])
     return [f"{start}-{index}" for index in range(n)]
+
+
+def _given(model: LanguageModel, request: Request) -> int:
+    """Tokens that a model reads before it writes."""
+    return len(model.encode(request.prompt)) + len(request.prefix)
 
 
 def _row(trace: Trace) -> dict[str, Any]:

@@ -34,8 +34,8 @@ class Action:
         return self.tokens[self.prefix :]
 
     @property
-    def key(self) -> tuple[str, Ids]:
-        return self.problem.id, self.tokens
+    def key(self) -> tuple[str, int, Ids]:
+        return self.problem.id, self.prefix, self.tokens
 
 
 @dataclass(frozen=True)
