@@ -103,10 +103,14 @@ def check(setting: Experiment, labels: Sequence[str]) -> None:
                 )
             if what not in offers[who]:
                 able = [a for a in sorted(registry.methods()) if need not in registry.get(a).needs]
+                take = f"a Transformers model as {who}"
+                if what == "reward":
+                    take = (
+                        "a token or sequence classifier, {ask: MODEL} or {server: URL, model: NAME}"
+                    )
                 raise ValueError(
                     f"{label} needs the {who}'s {what}, and {specs[who]!r} offers only "
-                    f"{', '.join(sorted(offers[who]))}: use a Transformers model as {who}, or a method that "
-                    f"does without ({', '.join(able)})"
+                    f"{', '.join(sorted(offers[who]))}: use {take}, or a method that does without ({', '.join(able)})"
                 )
     if any("teacher.logits" in arm.required() for arm in arms.values()):
         models.check_vocabularies(setting.student, setting.teacher, checkpoints)

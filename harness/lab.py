@@ -31,6 +31,7 @@ from harness.types import (
 
 Report = Callable[[str, int, int], None]  # phase, done, total
 SCORED = 2048  # responses scored between two writes to the store
+REWARDED = 256  # the same of a reward model, which may be a server that fails
 
 
 class Workbench:
@@ -172,7 +173,7 @@ class Workbench:
             self._ledger.charge("verifier_calls", 1, name + key, purpose)
             self._ledger.charge("flops", flops[key], name + key)
         order = sorted(wanted, key=lambda key: (sum(map(len, wanted[key])), key))
-        blocks = [order[i : i + SCORED] for i in range(0, len(order), SCORED)]
+        blocks = [order[i : i + REWARDED] for i in range(0, len(order), REWARDED)]
 
         def make(block: int) -> list[dict[str, Any]]:
             mine = blocks[block]
@@ -182,6 +183,8 @@ class Workbench:
 
         rows = self._store.get("rewards", group, wanted)
         self._fill("rewards", group, rows, blocks, set(wanted), make, "rewards")
+        if unread := getattr(model, "unread", 0):
+            self.note(f"{model.name}: answers that were neither yes nor no", unread)
         return [rows[key]["reward"] for key in keys]
 
     def verify(self, problem: Problem, text: str) -> Verdict:

@@ -23,6 +23,7 @@ STOPS: Mapping[Separator, tuple[str, ...]] = {  # where a model that writes one 
     "block": ("\n\n",),
     "sentence": (". ", "! ", "? ", "\n"),
 }
+JOINED = 32  # lines of a statement at most: text that opens a bracket for good goes on as lines
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
 _SENTENCE = re.compile(r".*?(?:[.!?] +|\n)|.+", re.DOTALL)
 _OPENING = re.compile(rf"\s*{OPEN}\s*")
@@ -49,12 +50,19 @@ def split(text: str, separator: Separator = "line") -> list[str]:
 
 
 def whole(step: str, separator: Separator) -> bool:
-    """Whether something is written, and no bracket, triple quote or backslash in it waits for the next line (in code)."""
-    if not step.strip() or separator not in ("statement", "block"):
+    """Whether something is written, and no bracket, triple quote or backslash in it waits for the next line (in code).
+
+    Text that is no code may open a bracket for good: after JOINED lines nothing is waited for.
+    """
+    if not step.strip() or separator not in ("statement", "block") or step.count("\n") >= JOINED:
         return bool(step.strip())
+    depth = 0
     try:
-        for _ in tokenize.generate_tokens(io.StringIO(step).readline):
-            pass
+        for token in tokenize.generate_tokens(io.StringIO(step).readline):
+            if token.type == tokenize.OP:
+                depth += (token.string in "([{") - (token.string in ")]}")
+            if depth < 0:  # closes what another step opened, or no code
+                return True
     except tokenize.TokenError as error:
         return not re.search("EOF in multi-line|triple-quoted", str(error))
     except SyntaxError:  # no code, or a dedent whose block stands in another step
@@ -71,7 +79,7 @@ def actions(pieces: Sequence[str], separator: Separator, longest: int) -> list[r
     text = "".join(pieces)
     starts = [0, *accumulate(map(len, pieces))]
     opening = _OPENING.match(text)
-    begin = bisect_left(starts, opening.end() if opening else 0)
+    begin = _place(text, starts, opening.end() if opening else 0, 0, len(pieces))
     found: list[range] = []
     for step in _ranges(text, starts, range(begin, len(pieces)), separator):
         lines = _ranges(text, starts, step, "line") if len(step) > longest else [step]
@@ -83,14 +91,17 @@ def actions(pieces: Sequence[str], separator: Separator, longest: int) -> list[r
 def _ranges(text: str, starts: Sequence[int], tokens: range, separator: Separator) -> list[range]:
     """The steps of a part of a response, as ranges of tokens; the end token, which has no text, belongs to the last."""
     first, last = tokens.start, tokens.stop
-    cuts = []
     body = text[starts[first] : starts[last]]
-    for bound in accumulate(map(len, split(body, separator)[:-1]), initial=starts[first]):
-        cut = bisect_left(starts, bound, first, last)
-        if starts[cut] > bound and text[starts[cut - 1] : bound].isspace():
-            cut -= 1
-        cuts.append(cut)
-    return [range(a, b) for a, b in pairwise(sorted({first, *cuts, last})) if a < b]
+    bounds = accumulate(map(len, split(body, separator)[:-1]), initial=starts[first])
+    cuts = {first, *(_place(text, starts, bound, first, last) for bound in bounds), last}
+    return [range(a, b) for a, b in pairwise(sorted(cuts)) if a < b]
+
+
+def _place(text: str, starts: Sequence[int], bound: int, first: int, last: int) -> int:
+    """The token at which what begins at a character begins."""
+    cut = bisect_left(starts, bound, first, last)
+    straddles = cut > first and starts[cut] > bound
+    return cut - 1 if straddles and text[starts[cut - 1] : bound].isspace() else cut
 
 
 def token_steps(

@@ -77,7 +77,7 @@ class VCRD(Method):
     beta: float = search(0.5, 0.1, 0.9, ge=0, le=1)  # of gjsd [secondary]
     gamma: float = search(1.0, 0.0, 2.0, le=100)  # weight of the student's step [secondary]
     granularity: Literal["step", "token"] = (
-        "step"  # token: an ablation, judged by the teacher's likelihood [reading]
+        "step"  # token: an ablation, judged by the teacher's likelihood; no weight form, validity or normalisation applies [reading]
     )
 
     @model_validator(mode="after")
@@ -89,6 +89,11 @@ class VCRD(Method):
         if self.granularity == "token" and self.base_loss == "ce":
             raise ValueError(
                 "granularity: token weighs a divergence from the teacher; base_loss ce is none"
+            )
+        if self.granularity == "token" and self.prefixes not in ("mixed", *self.objectives):
+            raise ValueError(
+                f"granularity: token trains on the responses themselves, and base_loss {self.base_loss} has nothing for the "
+                f"{self.prefixes}'s; take prefixes mixed or {next(iter(self.objectives))}"
             )
         return self
 
@@ -112,6 +117,11 @@ class VCRD(Method):
         return {who: of for who, of in terms.items() if who == "teacher" or self.gamma > 0}
 
     def stages(self, lab: Lab) -> Iterator[Stage]:
+        if self.validity == "oracle" and self.weight != "uniform" and lab.oracle is None:
+            raise ValueError(
+                "vcrd: validity 'oracle' needs problems whose steps can be judged (one set of the micro world alone); "
+                "use rollout, prm or judge"
+            )
         every = max(1, self.refresh)
         if self.granularity == "token":
             terms = {who: loss.TokenWeighted(of) for who, of in self.objectives.items()}
@@ -141,7 +151,7 @@ class VCRD(Method):
         return [*loss.examples(lab, made, strength.tolist(), sides)]
 
     def _few(self, block: Sequence[Problem]) -> list[Problem]:
-        """As many problems as make the step's sequences at most: a response, and M proposals of the other model."""
+        """As many problems as make the step's sequences at most, and one at least: a response, and M proposals of the other model."""
         every = max(1, self.refresh)
         each = max(1, len(block) // every // (1 + self.positions))
         return [*{problem.id: problem for problem in block}.values()][: each * every]

@@ -85,28 +85,36 @@ def pairs(lab: Lab, vcrd: VCRD, problems: Sequence[Problem], fresh: bool) -> lis
     The response's own step is its author's proposal; the other model writes one. `fresh`: on-policy, by the student as it is now;
     else by its base, out of the store, the same for every arm and training seed.
     """
-    own: list[tuple[Action, str]] = []
+    own: list[tuple[Action, str, Separator]] = []
     for trace, who in responses(lab, vcrd, problems, fresh):
-        cut = separator(vcrd, trace.problem)
-        steps = actions(_pieces(lab.teacher, trace.tokens), cut, vcrd.max_step)
-        steps = steps if trace.finished else steps[:-1]  # the last one was cut off
-        chosen = positions(_rng(lab, trace.problem, "positions", fresh), len(steps), vcrd.positions)
-        own += [
-            (_action(lab, trace.problem, steps[k].start, trace.tokens[: steps[k].stop]), who)
-            for k in chosen
-        ]
+        for step, cut in _chosen(lab, vcrd, trace, fresh):
+            ends = trace.finished and step.stop == len(trace.tokens)
+            own.append(
+                (_action(lab, trace.problem, step.start, trace.tokens[: step.stop], ends), who, cut)
+            )
     answers: dict[tuple[str, Ids, str], Action] = {}
     for who in OTHER:
-        asked = [action for action, author in own if OTHER[author] == who]
+        asked = [(action, cut) for action, author, cut in own if OTHER[author] == who]
         for found in propose(lab, vcrd, who, fresh, asked):
             answers[found.problem.id, found.tokens[: found.prefix], who] = found
     made = []
-    for action, who in own:
+    for action, who, _ in own:
         answer = answers.get((action.problem.id, action.tokens[: action.prefix], OTHER[who]))
         if answer is not None:
-            both = {who: action, OTHER[who]: answer}
+            # A model is stopped before the blank lines or the end token that may follow: the same step for all that.
+            alike = answer.text.rstrip() == action.text.rstrip()
+            both = {who: action, OTHER[who]: action if alike else answer}
             made.append(Pair(both["teacher"], both["student"], who))
     return made
+
+
+def _chosen(lab: Lab, vcrd: VCRD, trace: Trace, fresh: bool) -> list[tuple[range, Separator]]:
+    """The steps at the positions, and what sets each apart: lines, inside a step that was too long."""
+    cut, text = separator(vcrd, trace.problem), _pieces(lab.teacher, trace.tokens)
+    steps, uncut = actions(text, cut, vcrd.max_step), set(actions(text, cut, len(text) + 1))
+    steps = steps if trace.finished else steps[:-1]  # the last one was cut off
+    chosen = positions(_rng(lab, trace.problem, "positions", fresh), len(steps), vcrd.positions)
+    return [(steps[k], cut if steps[k] in uncut else "line") for k in chosen]
 
 
 def positions(rng: np.random.Generator, steps: int, most: int) -> list[int]:
@@ -117,27 +125,38 @@ def positions(rng: np.random.Generator, steps: int, most: int) -> list[int]:
     return sorted(chosen)
 
 
-def propose(lab: Lab, vcrd: VCRD, who: str, fresh: bool, given: Sequence[Action]) -> list[Action]:
+def propose(
+    lab: Lab, vcrd: VCRD, who: str, fresh: bool, given: Sequence[tuple[Action, Separator]]
+) -> list[Action]:
     """One step by a model under the prefix of each given action; fewer where a cap leaves nothing.
 
     The model is stopped at a boundary. Where that is none (a blank line, a bracket that is open) it goes on.
     """
     found = []
-    for cut in sorted({separator(vcrd, action.problem) for action in given}):
-        mine = [action for action in given if separator(vcrd, action.problem) == cut]
-        going = {(a.problem.id, a.tokens[: a.prefix]): (a.problem, a.prefix, a.tokens[: a.prefix]) for a in mine}  # fmt: skip
+    for cut in sorted({cut for _, cut in given}):
+        going = {
+            (a.problem.id, a.tokens[: a.prefix]): (a.problem, a.prefix, a.tokens[: a.prefix])
+            for a, own in given
+            if own == cut
+        }
         while going:
             requests = [Request(lab.prompt(problem), problem, so_far) for problem, _, so_far in going.values()]  # fmt: skip
             one: dict[str, Any] = {"max_new_tokens": vcrd.max_step, "stop": STOPS[cut]}
             drawn = write(lab, vcrd, who, fresh, requests, "proposals", **one)
             items, going = [*going.items()], {}
-            for (key, (problem, prefix, _)), traces in zip(items, drawn, strict=True):
+            for (key, (problem, prefix, so_far)), traces in zip(items, drawn, strict=True):
                 for trace in traces:
-                    step = _first(lab.teacher, trace, prefix, cut, vcrd.max_step)
+                    if len(trace.tokens) == len(so_far):  # nothing can follow: no proposal
+                        continue
+                    said = lab.teacher.decode(trace.tokens).removeprefix(lab.teacher.decode(so_far))
+                    ends = trace.finished and not any(stop in said for stop in STOPS[cut])
+                    step = _first(lab.teacher, trace, prefix, cut, vcrd.max_step, ends)
                     if step is None:
                         going[key] = (problem, prefix, trace.tokens)
                     elif step:
-                        found.append(_action(lab, problem, prefix, (*trace.tokens[:prefix], *step)))
+                        tokens = (*trace.tokens[:prefix], *step)
+                        ends = ends and len(tokens) == len(trace.tokens)
+                        found.append(_action(lab, problem, prefix, tokens, ends))
     return found
 
 
@@ -164,13 +183,13 @@ def write(
 
 
 def _first(
-    model: LanguageModel, trace: Trace, prefix: int, cut: Separator, longest: int
+    model: LanguageModel, trace: Trace, prefix: int, cut: Separator, longest: int, ends: bool
 ) -> Ids | None:
     """The first step of what was written after a prefix; None where it is open and may go on."""
     written = trace.tokens[prefix:]
     text = _pieces(model, written)
     steps = actions(text, cut, longest)
-    over = not trace.finished or _ends(model, written) or len(written) >= longest
+    over = not trace.finished or ends or len(written) >= longest
     if not over and len(steps) < 2 and not (steps and whole("".join(text), cut)):
         return None
     if not trace.finished and len(steps) == 1:  # no boundary within the limit: its first line
@@ -178,17 +197,16 @@ def _first(
     return written[: steps[0].stop] if steps else written[:longest]
 
 
-def _action(lab: Lab, problem: Problem, prefix: int, tokens: Ids) -> Action:
-    return Action(problem, prefix, tokens, lab.teacher.decode(tokens), _ends(lab.teacher, tokens))
-
-
-def _ends(model: LanguageModel, tokens: Ids) -> bool:
-    """Whether the last token is an end token, which has no text."""
-    return bool(tokens) and model.decode(tokens[-1:]) == ""
+def _action(lab: Lab, problem: Problem, prefix: int, tokens: Ids, ends: bool) -> Action:
+    return Action(problem, prefix, tokens, lab.teacher.decode(tokens), ends)
 
 
 def _pieces(model: LanguageModel, tokens: Ids) -> list[str]:
-    return [model.decode([token]) for token in tokens]
+    """The text of each token, as it stands after another one: some tokenizers drop the first one's space."""
+    before = model.tokenize("a", end=False)
+    start = len(model.decode(before))
+    known = {token: model.decode([*before, token])[start:] for token in set(tokens)}
+    return [known[token] for token in tokens]
 
 
 def _rng(lab: Lab, problem: Problem, purpose: str, fresh: bool) -> np.random.Generator:

@@ -38,6 +38,8 @@ def validities(
     actions = {a.key: a for p in pairs if not p.same for a in (p.teacher, p.student)}
     known = dict(zip(actions, judge(lab, vcrd, [*actions.values()], fresh), strict=True))
     both = [(known.get(p.teacher.key), known.get(p.student.key)) for p in pairs]
+    if unjudged := sum(value is None for value in known.values()):
+        lab.note("steps that could not be judged", unjudged)
     even = [p.same or None in values for p, values in zip(pairs, both, strict=True)]
     table = np.array(
         [(0.5, 0.5) if skip else values for skip, values in zip(even, both, strict=True)],
@@ -65,9 +67,9 @@ def judge(lab: Lab, vcrd: VCRD, actions: Sequence[Action], fresh: bool) -> Value
 
 
 def rollout(lab: Lab, vcrd: VCRD, actions: Sequence[Action], fresh: bool) -> Values:
-    """V = (c + 1) / (K + 2), c of K completions correct: the same completer, K, sampling and seed for both proposals.
+    """V = (c + 1) / (K + 2), c of K completions correct: the same completer, K, temperature 1 and seed for both proposals.
 
-    `both` splits K between the models (the teacher has the odd one) and pools the counts.
+    `both` splits K between the models (the teacher has the odd one) and pools the counts. None where fewer than K could be judged.
     """
     shares = {"teacher": vcrd.rollouts, "student": vcrd.rollouts}
     if vcrd.completer == "both":
@@ -83,8 +85,9 @@ def rollout(lab: Lab, vcrd: VCRD, actions: Sequence[Action], fresh: bool) -> Val
         for place, traces in enumerate(
             write(lab, vcrd, who, fresh, requests, "validity", n, **how)
         ):
-            right[place] += sum(trace.correct for trace in traces)
-            drawn[place] += len(traces)
+            read = [t for t in traces if t.verdict and t.verdict.status != "error"]
+            right[place] += sum(trace.correct for trace in read)
+            drawn[place] += len(read)
     return [
         (c + 1) / (k + 2) if k == vcrd.rollouts else None for c, k in zip(right, drawn, strict=True)
     ]
@@ -111,8 +114,10 @@ def likelihood(lab: Lab, vcrd: VCRD, actions: Sequence[Action], fresh: bool) -> 
 
     With the teacher alone its arg-max step would always win: the student's half keeps P3.
     """
-    pairs = [(lab.teacher.encode(lab.prompt(a.problem)), a.tokens) for a in actions]
-    seen = [lab.scores(model, pairs, purpose="validity") for model in (lab.teacher, lab.base)]
+    seen = []
+    for model in (lab.teacher, lab.base):
+        pairs = [(model.encode(lab.prompt(action.problem)), action.tokens) for action in actions]
+        seen.append(lab.scores(model, pairs, purpose="validity"))
     values: Values = []
     for action, *scores in zip(actions, *seen, strict=True):
         known = [s.logprobs[action.prefix :] for s in scores if s is not None]
@@ -125,11 +130,7 @@ def oracle(lab: Lab, vcrd: VCRD, actions: Sequence[Action], fresh: bool) -> Valu
 
     What follows the think without ending the response (a function's lines) is not judged and has 1.
     """
-    if lab.oracle is None:
-        raise ValueError(
-            "vcrd: validity 'oracle' needs problems whose steps can be judged (one set of the micro world alone); "
-            "use rollout, prm or judge"
-        )
+    assert lab.oracle is not None
     values: Values = []
     for action in actions:
         before = lab.teacher.decode(action.tokens[: action.prefix])

@@ -305,3 +305,18 @@ def test_on_policy_randomness_is_a_function_of_the_step_too() -> None:
     again, later = bench.rng("x"), bench.rng("x", on_policy=True)
     drawn = [rng.random() for rng in (one, two, again, later)]
     assert drawn[0] == drawn[2] and len(set(drawn)) == 3
+
+
+def test_flops_of_samples_count_what_is_read_once_a_request(tmp_path: Path) -> None:
+    """Two samples under a prefix of three tokens: 2 N (prompt + 3 + what both wrote); on-policy samples alike."""
+    for on_policy in (False, True):
+        ledger = Ledger()
+        bench = lab(tmp_path, tiny_model(1).freeze(), ledger=ledger)
+        request = Request("p=?", PROBLEMS[0], (65, 66, 67))
+        for _ in range(2):  # once a request also where it is asked again, out of the store
+            [traces] = bench.samples(bench.teacher, 2, requests=[request], on_policy=on_policy)
+        read = len(bench.teacher.encode("p=?")) + 3
+        written = sum(len(t.tokens) - 3 for t in traces)
+        parameters = bench.teacher.num_parameters  # type: ignore[attr-defined]
+        times = 2 if on_policy else 1
+        assert ledger.charged["flops"] == times * 2 * parameters * (read + written)

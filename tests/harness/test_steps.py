@@ -62,6 +62,18 @@ def test_sentences() -> None:
 @pytest.mark.parametrize(("step", "separator", "is_whole"), [
     ("", "line", False), (" \n", "blank", False), ("a", "line", True), ("f(", "line", True),
     ("f(", "statement", False), ("f(1)", "statement", True), ("x = '''a", "block", False), ("don't", "statement", True),
+    ("1) do this\n", "statement", True), ("nice :)\n", "block", True), ("}\n", "statement", True),
+    ("f(\n" * 31, "statement", False), ("f(\n" * 32, "statement", True),
 ])  # fmt: skip
 def test_what_is_whole(step: str, separator: steps.Separator, is_whole: bool) -> None:
     assert steps.whole(step, separator) is is_whole
+
+
+def test_a_bracket_that_is_never_closed_joins_no_more_than_some_lines() -> None:
+    text = "so :(\n" + "x = 1\n" * 2000
+    found = steps.split(text, "statement")
+    assert found[0].count("\n") == steps.JOINED and found[1] == "x = 1\n" and "".join(found) == text
+
+
+def test_the_space_after_the_opening_belongs_to_the_first_word() -> None:
+    assert cut(["<think>", " The", " cat", "\n"], "line") == [" The cat\n"]

@@ -278,7 +278,8 @@ def test_a_budget_of_flops_counts_what_was_paid_before_a_stage() -> None:
         assert 6e8 <= total <= 6e8 + 2 * most  # a stage ends with the step that reaches its end
     # The schedule is that of the training: it starts at its peak, whatever was paid before.
     assert paid.state.curve[0]["lr"] == bare.state.curve[0]["lr"]
-    assert paid.state.curve[-1]["lr"] < 0.5 * paid.state.curve[0]["lr"]
+    ends = [run.state.curve[-1]["lr"] for run in (bare, paid)]
+    assert ends[1] == pytest.approx(ends[0], rel=0.5) and ends[1] < 0.2 * paid.state.curve[0]["lr"]
 
 
 def test_a_stage_whose_preparation_cost_all_its_flops_is_refused() -> None:

@@ -16,7 +16,7 @@ from benchmarks import PROBLEMS
 from harness import registry
 from harness.lab import Workbench
 from harness.ledger import Ledger
-from harness.models.scripted import Scripted
+from harness.models.scripted import Reply, Scripted
 from harness.objectives import forward_kl, skew_kl, skew_reverse_kl
 from harness.store import Store
 from harness.types import Example, Ids, Measure, OnPolicy, Problem, Request, Scores, Tokens
@@ -274,12 +274,14 @@ def test_the_oracle_by_hand(before: str, step: str, ends: bool, valid: int) -> N
     assert judge(lab, vcrd(validity="oracle"), [given], False) == [valid]
 
 
-def test_without_an_oracle_it_says_what_to_do() -> None:
-    lab = bench({"add": [""]})
+def test_without_an_oracle_it_says_what_to_do_before_anything_is_sampled() -> None:
+    ledger = Ledger()
+    lab = bench(written(TEACHER), ledger=ledger)
     with pytest.raises(
         ValueError, match="validity 'oracle' needs problems whose steps can be judged"
     ):
-        judge(lab, vcrd(validity="oracle"), [action(lab, "<think>\n", "3\n")], False)
+        list(vcrd(validity="oracle").stages(lab))
+    assert ledger.charged["teacher_generated"] == 0
 
 
 def test_chance_is_a_function_of_the_step() -> None:
@@ -358,7 +360,7 @@ def one_step(model: str, separator: str, before: str = "", limit: int = 128) -> 
     lab = bench(Scripted(answer, name=repr((model, separator, before, limit))))
     given = action(lab, before, "x")
     setting = vcrd(steps=separator, max_step=limit)
-    (found,) = propose(lab, setting, "teacher", False, [given])
+    (found,) = propose(lab, setting, "teacher", False, [(given, setting.steps)])  # type: ignore[list-item]
     assert found.tokens[: found.prefix] == given.tokens[: given.prefix]
     return lab.teacher.decode(found.step) + ("<end>" if found.terminal else "")
 
@@ -697,3 +699,167 @@ def test_the_scorecard_holds_every_estimator_against_the_oracle() -> None:
 def test_controls_have_no_scorecard() -> None:
     run = Run("vcrd", {"steps": "line", "refresh": 0, "weight": "uniform"}, train=False)
     assert run.method.mechanisms(run.lab) == {}
+
+
+# -- what an independent reader's mutations left standing -------------------------------------------
+
+
+class Spied(Workbench):
+    """Notes what it is asked for."""
+
+    asked: list[tuple[Any, dict[str, Any]]]
+
+    def samples(self, model: Any, n: int = 1, **how: Any) -> Any:
+        self.asked.append((model, how))
+        return super().samples(model, n, **how)
+
+
+def spied(step: list[int], **more: Any) -> Spied:
+    lab = bench(
+        written(TEACHER), written(STUDENT), problems=(LONG,), clock=lambda: tuple(step), **more
+    )
+    lab.__class__ = Spied
+    lab.asked = []  # type: ignore[attr-defined]
+    base = Scripted(written(STUDENT), name="base")
+    lab.models.loaders["base"] = lambda: base  # type: ignore[attr-defined]
+    return lab  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_who_is_asked_and_how(fresh: bool) -> None:
+    lab = spied([0, 0])
+    setting = vcrd(prefixes="student", temperature=0.7, top_p=0.9, completer="student", rollouts=2)
+    found = pairs(lab, setting, [LONG], fresh)
+    validities(lab, setting, found, fresh)
+    by = {how["purpose"]: (model, how) for model, how in lab.asked}
+    student = lab.student if fresh else lab.base
+    assert by["prefixes"][0] is by["validity"][0] is student and by["proposals"][0] is lab.teacher
+    assert (
+        by["prefixes"][1].get("on_policy", False)
+        is by["validity"][1].get("on_policy", False)
+        is fresh
+    )
+    for purpose in ("prefixes", "proposals"):
+        how = by[purpose][1]
+        assert (how["temperature"], how["top_p"], how["judge"]) == (0.7, 0.9, False)
+    how = by["validity"][1]
+    assert (how["temperature"], how["top_p"], how["judge"]) == (1.0, 1.0, True)
+
+
+def test_on_policy_draws_are_new_at_every_refresh_and_others_never() -> None:
+    from methods.vcrd.proposals import responses
+
+    many = [Problem(f"p{i}", "1+2=?", "3", verifier="exact") for i in range(60)]
+    step = [0, 0]
+    lab = bench(written(TEACHER), problems=many, clock=lambda: tuple(step))
+    drawn = {}
+    for fresh in (False, True):
+        for step[1] in (0, 4):
+            writers = [who for _, who in responses(lab, vcrd(), many, fresh)]
+            cuts = [p.own.prefix for p in pairs(lab, vcrd(positions=1), many, fresh)]
+            drawn[fresh, step[1]] = (writers, cuts)
+    assert drawn[False, 0] == drawn[False, 4]
+    assert drawn[True, 0][0] != drawn[True, 4][0] and drawn[True, 0][1] != drawn[True, 4][1]
+    for mix, least, most in ((0.0, 0, 0), (0.25, 5, 26), (1.0, 60, 60)):
+        writers = [who for _, who in responses(lab, vcrd(mix=mix), many, False)]
+        assert least <= writers.count("student") <= most
+
+
+def test_shuffled_weights_are_drawn_anew_at_every_refresh() -> None:
+    step = [0, 0]
+    many = [Problem(f"q{i}", "1+2=?", "3", verifier="exact") for i in range(20)]
+    lab = bench(written(TEACHER), written(STUDENT), problems=many, clock=lambda: tuple(step))
+    setting = vcrd(weight="shuffled", validity="random", prefixes="teacher", positions=9)
+    drawn = []
+    for step[1] in (0, 4):
+        drawn.append([e.weight for e in setting.examples(lab, many, True)])
+    assert drawn[0] != drawn[1] and sorted(drawn[0]) != [1.0] * len(drawn[0])
+
+
+@pytest.mark.parametrize(("says", "separator", "step"), [
+    ("Is it? Yes.", "sentence", "Is it? "), ("Go! Now.", "sentence", "Go! "), ("a = 1\nb\n\nc", "block", "a = 1\nb\n\n"),
+    ("f(\n\n1)\n\nb", "block", "f(\n\n1)\n\n"),
+])  # fmt: skip
+def test_where_a_model_is_stopped(says: str, separator: str, step: str) -> None:
+    assert one_step(says, separator, "before\n") == step
+
+
+def test_a_model_that_writes_blank_lines_for_ever_comes_to_an_end() -> None:
+    lab = bench(Scripted(lambda request, index: "\n", name="blank"))
+    (found,) = propose(
+        lab, vcrd(max_step=5), "teacher", False, [(action(lab, "before\n", "x"), "line")]
+    )
+    assert lab.teacher.decode(found.step) == "\n" * 5
+
+
+def test_a_model_that_writes_nothing_makes_no_proposal() -> None:
+    lab = bench(Scripted(lambda request, index: Reply("", finished=False), name="mute"))
+    assert propose(lab, vcrd(), "teacher", False, [(action(lab, "before\n", "x"), "line")]) == []
+
+
+@pytest.mark.parametrize(("full", "separator"), [
+    ("<think>\na\n\n\nb\n</think>\nc", "line"), ("<think>\na\n\n\n\nb\n</think>\n\nc\n", "blank"), ("One.  Two.\n\nThree.", "sentence"),
+    ("x = 1\n\nreturn 1\n", "statement"),
+])  # fmt: skip
+def test_one_model_on_both_sides_always_proposes_the_same_step(full: str, separator: str) -> None:
+    def goes_on(request: Request, index: int) -> str:
+        return full[len(Scripted({}).decode(request.prefix)) :]
+
+    lab = bench(Scripted(goes_on, name=f"both {full!r}"), Scripted(goes_on, name=f"too {full!r}"))
+    for prefixes in ("teacher", "student"):
+        found = pairs(lab, vcrd(steps=separator, prefixes=prefixes, positions=9), [ADD], False)
+        assert len(found) > 1 and all(pair.same for pair in found)
+
+
+def test_inside_a_step_that_is_too_long_both_propose_lines() -> None:
+    full = "a1\nb2\nc3\nd4\n\nz"
+
+    def goes_on(request: Request, index: int) -> str:
+        return full[len(Scripted({}).decode(request.prefix)) :]
+
+    lab = bench(Scripted(goes_on, name="long"), Scripted(goes_on, name="long too"))
+    found = pairs(
+        lab, vcrd(steps="blank", max_step=8, prefixes="teacher", positions=9), [ADD], False
+    )
+    assert [lab.teacher.decode(pair.other.step) for pair in found] == [
+        "a1\n",
+        "b2\n",
+        "c3\n",
+        "d4\n\n",
+        "z",
+    ]
+    assert all(pair.same for pair in found)
+
+
+def test_what_no_verifier_can_read_is_left_unjudged() -> None:
+    """Every completion of a problem without an answer is an error: no rate, no weight, and a note that says how many."""
+    mute = Problem("mute", "1+2=?", None, verifier="exact")
+    lab = bench(written(TEACHER), written(STUDENT), problems=(mute,))
+    found = pairs(lab, vcrd(prefixes="teacher", positions=9), [mute], False)
+    teacher, student = validities(lab, vcrd(), found, False)
+    assert (teacher == 0.5).all() and (student == 0.5).all()
+    assert lab.notes["steps that could not be judged"] == 2 * sum(not pair.same for pair in found)
+
+
+def test_an_answer_settles_it_for_rollouts_too_unless_it_cannot_be_read() -> None:
+    right = Scripted(lambda request, index: "</think>\n3", name="right")
+    lab = bench(right)
+    done = [action(lab, "<think>\n3\n</think>\n", text, ends=True) for text in ("3", "4")]
+    assert judge(lab, vcrd(rollouts=2), done, False) == [1, 0]
+    mute = Problem("mute", "1+2=?", None, verifier="exact")
+    last = action(lab, "<think>\n3\n</think>\n", "3", ends=True, problem=mute)
+    assert judge(lab, vcrd(validity="const"), [last], False) == [0.5]
+    assert judge(lab, vcrd(rollouts=2), [last], False) == [None]
+
+
+def test_two_judges_are_paid_for_one_question_each() -> None:
+    ledger = Ledger()
+    lab = bench({"add": [""]}, ledger=ledger)
+    for value in (0.2, 0.3):
+        assert lab.rewards(Rewards({"q": value}), [("q", ""), ("q", "")]) == [value, value]
+    assert ledger.charged["verifier_calls"] == 2
+
+
+def test_the_token_variant_needs_responses_that_its_loss_can_use() -> None:
+    with pytest.raises(ValueError, match="base_loss fkl has nothing for the student's"):
+        registry.build("vcrd", {"granularity": "token", "base_loss": "fkl", "prefixes": "student"})
