@@ -22,6 +22,7 @@ from methods.vcrd.proposals import Pair, pairs, responses
 from methods.vcrd.validity import validities
 from methods.vcrd.weights import weights
 
+Form = Literal["sigmoid", "linear", "ratio", "exp", "hard", "relu", "teacher_only", "student_only", "inverted", "shuffled", "uniform"]  # fmt: skip
 Make = Callable[[Sequence[Problem]], list[Example]]
 
 
@@ -57,8 +58,7 @@ class VCRD(Method):
     )
     rollouts: int = search(8, 2, 16, ge=1, le=1024)  # K completions of each proposal [reading]
     # Weight
-    weight: Literal["sigmoid", "linear", "ratio", "exp", "hard", "relu", "teacher_only", "student_only", "inverted",
-                    "shuffled", "uniform"] = "sigmoid"  # from the two validities; the last five are controls [reading]  # fmt: skip
+    weight: Form = "sigmoid"  # from the two validities; the last five are controls [reading]
     tau: float = search(0.25, 0.1, 1.0, log=True, ge=1e-3, le=100)  # of sigmoid and exp [reading]
     strength: float = search(1.0, 0.0, 1.0, le=100)  # lambda of linear [reading]
     delta: float = search(
