@@ -50,7 +50,7 @@ def _estimators(lab: Lab, vcrd: VCRD) -> Iterator[tuple[str, Mapping[str, Any]]]
             yield vcrd.validity, {}
         return
     for completer in ("teacher", "student", "both"):
-        for k in sorted({2, vcrd.rollouts}):
+        for k in sorted({2, vcrd.rollouts, 8}):
             yield f"rollouts by {completer}, K = {k}", {"completer": completer, "rollouts": k}
     if "score" in lab.teacher.capabilities:
         yield "likelihood", {"validity": "likelihood"}

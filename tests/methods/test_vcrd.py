@@ -686,7 +686,7 @@ def test_the_scorecard_holds_every_estimator_against_the_oracle() -> None:
         and area.labels is not None
         and len(area.values) == len(area.labels) < len(found)
     )
-    for k in (2, 4):
+    for k in (2, 4, 8):
         assert f"calibration of V: rollouts by both, K = {k}" in rows
     assert any(
         name.startswith("correlation of V with the truth: rollouts by student, level 6")
