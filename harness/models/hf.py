@@ -91,13 +91,7 @@ class HFModel:
         **options: Any,
     ) -> HFModel:
         """A folder or a Hub id; fp32 on a CPU and bf16 on a GPU unless told."""
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype is None:
-            dtype = "fp32" if device.type == "cpu" else "bf16"
-        if isinstance(dtype, str):
-            if dtype not in DTYPES:
-                raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-            dtype = DTYPES[dtype]
+        device, dtype = placement(device, dtype)
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
@@ -400,3 +394,17 @@ def replace_folder(draft: Path, path: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(draft, path)
+
+
+def placement(
+    device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """Where a model goes and in what type; by default a GPU if there is one in bf16, else the CPU in fp32."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None:
+        dtype = "fp32" if device.type == "cpu" else "bf16"
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    return device, dtype

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from harness.models.collate import padded, right_padded
-from harness.models.hf import DTYPES, evaluating, quiet
+from harness.models.hf import evaluating, placement, quiet
 from harness.models.identity import digest, identity
 from harness.types import Capability, Ids, LanguageModel
 
@@ -55,13 +55,7 @@ class RewardHF:
         name: str | None = None,
     ) -> RewardHF:
         """A folder or a Hub id; fp32 on a CPU and bf16 on a GPU unless told."""
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype is None:
-            dtype = "fp32" if device.type == "cpu" else "bf16"
-        if isinstance(dtype, str):
-            if dtype not in DTYPES:
-                raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-            dtype = DTYPES[dtype]
+        device, dtype = placement(device, dtype)
         architectures = AutoConfig.from_pretrained(path).architectures or []
         auto = {
             "ForTokenClassification": AutoModelForTokenClassification,

@@ -62,7 +62,7 @@ class VCRD(Method):
     tau: float = search(0.25, 0.1, 1.0, log=True, ge=1e-3, le=100)  # of sigmoid and exp [reading]
     strength: float = search(1.0, 0.0, 1.0, le=100)  # lambda of linear [reading]
     delta: float = search(
-        0.0, 0.0, 0.5, le=1
+        0.1, 0.0, 0.5, le=1
     )  # of hard: how far the student may be ahead [reading]
     low: float = search(0.05, 0.0, 0.2, le=1)  # least weight [reading]
     high: float = search(2.0, 1.0, 10.0, ge=1, le=1000)  # largest weight [reading]
@@ -97,8 +97,13 @@ class VCRD(Method):
             )
         return self
 
+    @property
+    def asks(self) -> bool:
+        """Whether anybody is asked how valid a step is."""
+        return self.weight != "uniform" and self.granularity == "step"
+
     def required(self) -> frozenset[str]:
-        if self.weight == "uniform" or self.granularity == "token":
+        if not self.asks:
             return self.needs
         more = {"prm": "prm.reward", "judge": "judge.reward", "likelihood": "teacher.score"}
         return self.needs | {more[self.validity]} if self.validity in more else self.needs
@@ -117,7 +122,7 @@ class VCRD(Method):
         return {who: of for who, of in terms.items() if who == "teacher" or self.gamma > 0}
 
     def stages(self, lab: Lab) -> Iterator[Stage]:
-        if self.validity == "oracle" and self.weight != "uniform" and lab.oracle is None:
+        if self.asks and self.validity == "oracle" and lab.oracle is None:
             raise ValueError(
                 "vcrd: validity 'oracle' needs problems whose steps can be judged (one set of the micro world alone); "
                 "use rollout, prm or judge"
@@ -143,7 +148,7 @@ class VCRD(Method):
         """The sequences that hold the loss of both steps of every pair, each weighed as its pair."""
         made = pairs(lab, self, problems, fresh)
         teacher = student = np.full(len(made), 0.5)
-        if self.weight != "uniform":  # which asks nobody
+        if self.asks:
             teacher, student = validities(lab, self, made, fresh)
         strength = weights(self, teacher, student, lab.rng("vcrd: shuffle", on_policy=fresh))
         lab.note("pairs", summary(made, teacher, student, strength))

@@ -71,11 +71,9 @@ def rollout(lab: Lab, vcrd: VCRD, actions: Sequence[Action], fresh: bool) -> Val
 
     `both` splits K between the models (the teacher has the odd one) and pools the counts. None where fewer than K could be judged.
     """
-    shares = {"teacher": vcrd.rollouts, "student": vcrd.rollouts}
+    shares = {vcrd.completer: vcrd.rollouts}
     if vcrd.completer == "both":
         shares = {"teacher": -(-vcrd.rollouts // 2), "student": vcrd.rollouts // 2}
-    else:
-        shares = {vcrd.completer: vcrd.rollouts}
     requests = [Request(lab.prompt(a.problem), a.problem, a.tokens) for a in actions]
     right, drawn = np.zeros(len(actions)), np.zeros(len(actions))
     for who, n in shares.items():
