@@ -112,6 +112,7 @@ def train(job: Job, experiment: Experiment, student: HFModel, store: Store, repo
         data_seed=job.data_seed,
         oracle=problems.oracle(list(experiment.problems)),
         clock=lambda: trainer.clock,
+        consumed=lambda: trainer.consumed,
         report=report,
     )
     lab.notes.update(trainer.resume() or {})
@@ -273,7 +274,7 @@ def recorded(job: Job, experiment: Experiment) -> bool:
 
 def evaluation_key(job: Job, experiment: Experiment, name: str) -> str:
     student = key(job, experiment) if job.label != "base" else fingerprint(experiment.student)
-    settings = experiment.benchmarks[name].model_dump(mode="json")
+    settings = experiment.benchmarks[name].model_dump(mode="json", exclude={"bands"})
     return short_digest([student, settings, evaluation.protocol_of(name), evaluation.engine(None)])
 
 

@@ -88,8 +88,10 @@ def check(setting: Experiment, labels: Sequence[str]) -> None:
     arms = {label: cell.recipe(setting, label)[0] for label in labels}
     for name, options in setting.problems.items():
         problems.check(name, **options)
-    for name in setting.benchmarks:
+    for name, given in setting.benchmarks.items():
         evaluation.check(name)
+        if given.options:
+            evaluation.problems_of(name, limit=1, levels=given.levels, options=given.options)
     checkpoints = problems.checkpoints()
     specs = {"student": setting.student, "teacher": setting.teacher, **setting.models}
     offers = {name: models.capabilities(spec, checkpoints) for name, spec in specs.items()}
@@ -242,6 +244,7 @@ def summarise(
         for name in setting.benchmarks
         for record in evaluation.read_records(job.samples_file(name))
     ]
+    records += in_bands(records, setting)
     reference = setting.reference if setting.reference in labels else "base"
     judged = statistics.summarise_records(records, reference, arms=["base", *labels])
     runs = {
@@ -269,6 +272,17 @@ def summarise(
         "ledger": total(Ledger.from_dict(ledger) for ledger in ledgers.values()).summary(),
         "environment": environment(),
     }
+
+
+def in_bands(records: Sequence[Mapping[str, Any]], setting: Experiment) -> list[dict[str, Any]]:
+    """The records of each band of levels again, as those of a benchmark `NAME/BAND`."""
+    return [
+        {**record, "benchmark": f"{name}/{band}"}
+        for name, given in setting.benchmarks.items()
+        for band, levels in given.bands.items()
+        for record in records
+        if record["benchmark"] == name and record["level"] in levels
+    ]
 
 
 def environment() -> dict[str, Any]:

@@ -105,11 +105,17 @@ class Benchmark(Frozen):
     top_k: int = Field(0, ge=0)
     max_new_tokens: int | None = Field(None, gt=0)  # None: the task's
     levels: list[int] | None = None
+    options: dict[str, Any] = {}  # further options of its problem set, such as families
+    bands: dict[str, list[int]] = {}  # name -> levels that get a table and verdicts of their own
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Benchmark:
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"n = {self.n} greedy samples are equal: give a temperature above 0")
+        for band, levels in self.bands.items():
+            known = levels if self.levels is None else self.levels
+            if not levels or not set(levels) <= set(known):
+                raise ValueError(f"bands.{band}: some of the levels {known}, got {levels}")
         return self
 
 

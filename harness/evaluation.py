@@ -14,7 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -64,24 +64,34 @@ class Setting:
     top_k: int = 0
     max_new_tokens: int | None = None
     levels: tuple[int, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)  # further ones of the problem set
     split: Split = "test"  # dev, for tuning
 
     @classmethod
     def of(cls, name: str, given: Any) -> Setting:
         """From a mapping or a config object, whose fields these are."""
         values = {key: value for key, value in dict(given).items() if value is not None}
-        allowed = {field.name for field in fields(cls)}
+        values.pop("bands", None)  # of the report
+        allowed = {each.name for each in fields(cls)}
         for key in values:
             if key not in allowed:
                 raise ValueError(f"benchmarks.{name}: unknown key {key!r}: {nearest(key, allowed)}")
         if "levels" in values:
             values["levels"] = tuple(values["levels"])
+        if "levels" in values.get("options", {}):
+            raise ValueError(f"benchmarks.{name}.options: levels is a key of its own beside them")
         setting = cls(**values)
         if setting.n > 1 and setting.temperature == 0:
             raise ValueError(
                 f"benchmarks.{name}: n = {setting.n} greedy samples are equal: give a temperature above 0"
             )
         return setting
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Options of the problem set."""
+        levels = {} if self.levels is None else {"levels": list(self.levels)}
+        return {**self.options, **levels}
 
 
 class Response(NamedTuple):
@@ -192,8 +202,7 @@ def problems_of(name: str, **settings: Any) -> list[Problem]:
         check(name)
         return []
     setting = Setting.of(name, settings)
-    options = {} if setting.levels is None else {"levels": setting.levels}
-    return problems.load(source_of(name), setting.split, setting.limit, **options)
+    return problems.load(source_of(name), setting.split, setting.limit, **setting.loading)
 
 
 def source_of(name: str) -> str:
@@ -226,9 +235,9 @@ def _tasks(name: str, setting: Setting) -> dict[str, Any]:
             "tasks"
         ]
     else:
-        if setting.n > 1 or setting.levels or setting.split != "test":
+        if setting.n > 1 or setting.loading or setting.split != "test":
             raise ValueError(
-                f"benchmarks.{name}: an lm-eval task of others knows no n, levels or split"
+                f"benchmarks.{name}: an lm-eval task of others knows no n, levels, options or split"
             )
         try:
             tasks = _other_tasks().load(name)["tasks"]
@@ -246,7 +255,6 @@ def _tasks(name: str, setting: Setting) -> dict[str, Any]:
 
 def _overrides(name: str, setting: Setting) -> dict[str, Any]:
     """What of our task's configuration a setting changes."""
-    options = {} if setting.levels is None else {"levels": list(setting.levels)}
     return {
         "task": name,
         "repeats": setting.n,
@@ -257,7 +265,7 @@ def _overrides(name: str, setting: Setting) -> dict[str, Any]:
             **own()[name]["dataset_kwargs"],
             "split": setting.split,
             "n": setting.limit,
-            "options": options,
+            "options": setting.loading,
         },
     }
 
@@ -594,12 +602,17 @@ def protocol(benchmarks: Mapping[str, Any], model: Any = None) -> dict[str, Any]
     """Everything that decides the scores, but for the weights; `hash` is its digest."""
     found = {
         "benchmarks": {
-            name: {"sampling": asdict(Setting.of(name, given)), **protocol_of(name)}
+            name: {"sampling": _said(Setting.of(name, given)), **protocol_of(name)}
             for name, given in benchmarks.items()
         },
         "engine": engine(model),
     }
     return {**found, "hash": protocol_hash(found)}
+
+
+def _said(setting: Setting) -> dict[str, Any]:
+    """A setting; options that none were given say nothing, so an old protocol stays what it was."""
+    return {key: value for key, value in asdict(setting).items() if value or key != "options"}
 
 
 def protocol_hash(protocol: Mapping[str, Any]) -> str:

@@ -50,6 +50,7 @@ class Workbench:
         data_seed: int = 0,
         oracle: Oracle | None = None,
         clock: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        consumed: Callable[[], float] = lambda: 0.0,
         report: Report | None = None,
     ) -> None:
         self.student, self.models = student, Loaded(loaders)
@@ -57,6 +58,7 @@ class Workbench:
         self.notes: dict[str, Any] = {}
         self._store, self._ledger, self._sampling = store, ledger, sampling
         self._seed, self._data_seed, self._clock = seed, data_seed, clock
+        self._consumed = consumed
         self._report: Report = report or (lambda phase, done, total: None)
         self._vocabularies: dict[str, str] = {}  # an author's identity or version -> its vocabulary
 
@@ -67,6 +69,10 @@ class Workbench:
     @property
     def teacher(self) -> LanguageModel:
         return self.models["teacher"]
+
+    @property
+    def consumed(self) -> float:
+        return self._consumed()
 
     def prompt(self, problem: Problem, hint: str | None = None) -> str:
         return problem_sets.render(problem, hint)
@@ -226,7 +232,7 @@ class Workbench:
         return examples
 
     def rollouts(
-        self, weights: Sequence[float] | None = None
+        self, weights: Sequence[float] | None = None, **sampling: Any
     ) -> Callable[[Sequence[Problem]], list[Example]]:
         weight = self._by_id(weights)
 
@@ -237,7 +243,7 @@ class Workbench:
             repeats = max(Counter(problem.id for problem in live).values(), default=0)
             requests = [Request(self.prompt(problem), problem) for problem in unique.values()]
             drawn = (
-                self.samples(self.student, repeats, requests=requests, on_policy=True)
+                self.samples(self.student, repeats, requests=requests, on_policy=True, **sampling)
                 if live
                 else []
             )

@@ -114,7 +114,13 @@ class Trainer:
         self.optimizer = self._new_optimizer()
         self.state = State()
         self.clock = (0, 0)  # stage and step of the samples that are being drawn
+        self._reached = 0  # stages that the method has behind it in this process
         self._kept = 0  # step of the stage's last checkpoint
+
+    @property
+    def consumed(self) -> float:
+        """Share of the budget that the stages took which the method has behind it."""
+        return float(sum(done["share"] for done in self.state.stages[: self._reached]))
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -128,6 +134,7 @@ class Trainer:
         """Train on one stage; one that a checkpoint has behind it only gets the student's weights after it."""
         if index < self.state.stage:
             self._load(torch.load(self._boundary(index + 1), map_location=self.student.device))
+            self._reached = index + 1
             return
         if self._saved is not None:
             self._restore(self._saved)
@@ -153,7 +160,12 @@ class Trainer:
         pending: list[Sequence[Example]] = []
         stop: str | None = None
         trained = bool(self.state.step)
+        passes = math.inf if stage.epochs is None else stage.epochs * len(items)
         while self.state.consumed < end - 1e-9 and not stop:
+            if self.state.step * size >= passes and not pending:
+                # What is left of its share is for the stages after it.
+                self.state.stages[-1]["share"] = self._share_of(start)
+                break
             self.clock = (index, self.state.step)
             paid = self.ledger.charged["flops"]
             if isinstance(source, OffPolicy):
@@ -187,6 +199,7 @@ class Trainer:
         done |= {"steps": self.state.step, "examples": len(items), "stopped_by": stop}
         done["objective"] = ", ".join(objective.name for objective in _objectives(stage))
         self.state.stage, self.state.step = index + 1, 0
+        self._reached = index + 1
         self.student.version = None
         self.student.touch()
         self.save(notes, boundary=True)
@@ -209,8 +222,13 @@ class Trainer:
                 "share": stage.share,
                 "from": self.state.consumed,
                 "length": length - cost,
+                "prepared": cost,
             }
         )
+
+    def _share_of(self, start: float) -> float:
+        """What the stage in training took of the budget."""
+        return (self.state.consumed - start + self.state.stages[-1]["prepared"]) / self._total()
 
     def _step(
         self, stage: Stage, examples: Sequence[Example], teacher: Callable[[], Any], progress: float

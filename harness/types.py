@@ -19,6 +19,13 @@ Split = Literal["train", "dev", "test"]
 # logits: hidden states and head, for divergences; reward: how likely the last step of a response is right
 Capability = Literal["generate", "score", "logits", "reward"]
 Status = Literal["ok", "wrong", "unparsed", "timeout", "error"]
+# From the losses of tokens to that of a problem, as papers name it; and what a Stage calls it.
+Reduction = Literal["seq_mean", "token_mean", "sum"]
+MEAN: Mapping[str, Literal["token", "sequence", "sum"]] = {
+    "seq_mean": "sequence",
+    "token_mean": "token",
+    "sum": "sum",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +209,7 @@ class Stage:
     teacher: LanguageModel | None = None  # None: the lab's teacher
     normalise: Literal["none", "step"] = "none"  # step: divide by the step's mean weight
     optimizer: Literal["keep", "reset"] = "keep"
+    epochs: float | None = None  # ends it earlier, after so many passes over its source
 
 
 @runtime_checkable
@@ -223,7 +231,7 @@ class LanguageModel(Protocol):
         self,
     ) -> str: ...  # equal for two models that may be compared token by token
     def encode(
-        self, prompt: str
+        self, prompt: str, system: str | None = None
     ) -> Ids: ...  # a user turn through the chat template, ready for a response
     def tokenize(self, text: str, *, end: bool = True) -> Ids: ...  # a response; with EOS if `end`
     def decode(self, ids: Sequence[int]) -> str: ...  # special tokens dropped
@@ -313,6 +321,8 @@ class Lab(Protocol):
     def problems(self) -> Sequence[Problem]: ...
     @property
     def oracle(self) -> Oracle | None: ...
+    @property
+    def consumed(self) -> float: ...  # share of the budget, 0..1, that finished stages took
 
     def prompt(self, problem: Problem, hint: str | None = None) -> str:
         """The user turn of a problem; with a hint only inside a Request, never for training."""
@@ -366,7 +376,7 @@ class Lab(Protocol):
         ...
 
     def rollouts(
-        self, weights: Sequence[float] | None = None
+        self, weights: Sequence[float] | None = None, **sampling: Any
     ) -> Callable[[Sequence[Problem]], list[Example]]:
         """A `make` for OnPolicy: one fresh student response to each problem, weighted as given for lab.problems."""
         ...

@@ -135,6 +135,7 @@ class Run:
             seed=seed,
             oracle=PROBLEMS["micro_math"].oracle,
             clock=lambda: self.trainer.clock,
+            consumed=lambda: self.trainer.consumed,
         )
         self.lab.notes.update(self.trainer.resume() or {})
         self.stages: list[Stage] = []

@@ -16,7 +16,7 @@ class Codec(Protocol):
     def vocabulary(self) -> int: ...
     @property
     def vocabulary_digest(self) -> str: ...
-    def encode(self, prompt: str) -> Ids: ...
+    def encode(self, prompt: str, system: str | None = None) -> Ids: ...
     def tokenize(self, text: str, *, end: bool = True) -> Ids: ...
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -28,8 +28,9 @@ class Bytes:
     vocabulary = 260
     vocabulary_digest = hashlib.sha256(b"utf-8 bytes, pad, end, user, assistant").hexdigest()
 
-    def encode(self, prompt: str) -> Ids:
-        return (self.USER, *prompt.encode(), self.END, self.ASSISTANT)
+    def encode(self, prompt: str, system: str | None = None) -> Ids:
+        first = () if system is None else (self.USER, *system.encode(), self.END)
+        return (*first, self.USER, *prompt.encode(), self.END, self.ASSISTANT)
 
     def tokenize(self, text: str, *, end: bool = True) -> Ids:
         return (*text.encode(), self.END) if end else tuple(text.encode())

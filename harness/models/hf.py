@@ -74,7 +74,7 @@ class HFModel:
                 "of the tokenizer; call model.resize_token_embeddings, or use the tokenizer it was trained with"
             )
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
-        self._encoded: dict[str, Ids] = {}
+        self._encoded: dict[tuple[str, str | None], Ids] = {}
         self._identity: tuple[int, str] | None = None
         # Set while the weights change with every step: what traces carry, so that not all weights are hashed each time.
         self.version: str | None = None
@@ -122,9 +122,9 @@ class HFModel:
 
     # Text and tokens
 
-    def encode(self, prompt: str) -> Ids:
-        """A user turn through the chat template, with the opening of the answer."""
-        known = self._encoded.get(prompt)
+    def encode(self, prompt: str, system: str | None = None) -> Ids:
+        """A user turn through the chat template, with the opening of the answer; before it a system turn, if there is one."""
+        known = self._encoded.get((prompt, system))
         if known is None:
             if not self.tokenizer.chat_template:
                 raise ValueError(
@@ -132,6 +132,8 @@ class HFModel:
                     "use an instruct model, or put a chat_template.jinja into its folder"
                 )
             turn = [{"role": "user", "content": prompt}]
+            if system is not None:
+                turn.insert(0, {"role": "system", "content": system})
             known = tuple(
                 self.tokenizer.apply_chat_template(
                     turn, add_generation_prompt=True, return_dict=False
@@ -139,7 +141,7 @@ class HFModel:
             )
             if len(self._encoded) >= ENCODED:
                 self._encoded.clear()
-            self._encoded[prompt] = known
+            self._encoded[prompt, system] = known
         return known
 
     def tokenize(self, text: str, *, end: bool = True) -> Ids:

@@ -54,8 +54,8 @@ class Scripted:
         self.vocabulary = self.codec.vocabulary
         self.vocabulary_digest = self.codec.vocabulary_digest
 
-    def encode(self, prompt: str) -> Ids:
-        return self.codec.encode(prompt)
+    def encode(self, prompt: str, system: str | None = None) -> Ids:
+        return self.codec.encode(prompt, system)
 
     def tokenize(self, text: str, *, end: bool = True) -> Ids:
         return self.codec.tokenize(text, end=end)

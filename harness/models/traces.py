@@ -53,8 +53,8 @@ class TraceFile:
         digest = hashlib.sha256(b"traces" + data + codec.vocabulary_digest.encode())
         self.identity = digest.hexdigest()
 
-    def encode(self, prompt: str) -> Ids:
-        return self.codec.encode(prompt)
+    def encode(self, prompt: str, system: str | None = None) -> Ids:
+        return self.codec.encode(prompt, system)
 
     def tokenize(self, text: str, *, end: bool = True) -> Ids:
         return self.codec.tokenize(text, end=end)
