@@ -235,6 +235,58 @@ def mechanisms(
     out.print(f"\nWritten: {path}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def snr(
+    suite: Suite,
+    rollouts: Annotated[int, typer.Option(min=2, help="Student samples behind a pass rate.")] = 32,
+    per_bin: Annotated[int, typer.Option(min=2, help="Problems of a bin, at most.")] = 200,
+    references: Annotated[
+        int, typer.Option(min=1, help="Teacher samples, of which the first correct one is used.")
+    ] = 4,
+    limit: Annotated[int | None, typer.Option(min=1, help="Training problems looked at.")] = None,
+    dimensions: Annotated[
+        int, typer.Option(min=1, help="Numbers that a gradient is projected to.")
+    ] = 8191,
+    set_: Set = None,
+    results: Results = RESULTS,
+) -> None:
+    """Measure the gradient's signal-to-noise against the student's pass rate, and fit PACED's exponents; trains nothing."""
+    from harness.report import snr as said
+    from harness.snr import measure
+
+    found = measure(
+        suite,
+        rollouts=rollouts,
+        per_bin=per_bin,
+        references=references,
+        dimensions=dimensions,
+        limit=limit,
+        overrides=set_ or (),
+        results=results,
+    )
+    for name, loss in found["losses"].items():
+        out.print(f"\n{name}", style="bold", markup=False, highlight=False)
+        for header, rows in (
+            (said.HEADER, said.table(loss)),
+            (said.EXPONENTS, said.exponents(loss)),
+            (said.KERNELS, said.kernels(loss)),
+        ):
+            table = Table(*header, box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*map(escape, row))
+            if rows:
+                out.print(table)
+        if exponents := said.fed_back(loss):
+            out.print(f"As PACED's own: {exponents}", highlight=False)
+    out.print()
+    for line in said.sentences(found):
+        out.print(f"{line}.", markup=False, highlight=False, soft_wrap=True)
+    folder = results / found["name"]
+    out.print(
+        f"Written: {folder / 'snr.json'}, {folder / 'snr.html'}", highlight=False, soft_wrap=True
+    )
+
+
 @cache_app.command("show")
 def cache_show(results: Results = RESULTS) -> None:
     """What the store holds."""

@@ -85,19 +85,23 @@ def compare(
 
 def check(setting: Experiment, labels: Sequence[str]) -> None:
     """Everything that can be wrong is found here, before compute is spent."""
-    arms = {label: cell.recipe(setting, label)[0] for label in labels}
+    check_models(setting, {label: cell.recipe(setting, label)[0].required() for label in labels})
     for name, options in setting.problems.items():
         problems.check(name, **options)
     for name, given in setting.benchmarks.items():
         evaluation.check(name)
         if given.options:
             evaluation.problems_of(name, limit=1, levels=given.levels, options=given.options)
+
+
+def check_models(setting: Experiment, needed: Mapping[str, frozenset[str]]) -> None:
+    """Refuse a suite whose models cannot do what each label needs of them (`model.capability`)."""
     checkpoints = problems.checkpoints()
     specs = {"student": setting.student, "teacher": setting.teacher, **setting.models}
     offers = {name: models.capabilities(spec, checkpoints) for name, spec in specs.items()}
     offers["base"] = offers["student"]
-    for label, arm in arms.items():
-        for need in sorted(arm.required()):
+    for label, needs in needed.items():
+        for need in sorted(needs):
             who, _, what = need.partition(".")
             if who not in offers:
                 raise ValueError(
@@ -114,7 +118,7 @@ def check(setting: Experiment, labels: Sequence[str]) -> None:
                     f"{label} needs the {who}'s {what}, and {specs[who]!r} offers only "
                     f"{', '.join(sorted(offers[who]))}: use {take}, or a method that does without ({', '.join(able)})"
                 )
-    if any("teacher.logits" in arm.required() for arm in arms.values()):
+    if any("teacher.logits" in needs for needs in needed.values()):
         models.check_vocabularies(setting.student, setting.teacher, checkpoints)
 
 

@@ -227,8 +227,11 @@ class Trainer:
         )
 
     def _share_of(self, start: float) -> float:
-        """What the stage in training took of the budget."""
-        return (self.state.consumed - start + self.state.stages[-1]["prepared"]) / self._total()
+        """What the stage in training took of the budget; with the shares before it, a whole number of steps."""
+        before = sum(done["share"] for done in self.state.stages[:-1])
+        first = before * self._total()
+        used = self.state.consumed - start + self.state.stages[-1]["prepared"]
+        return ((round(first) if self.budget.steps else first) + used) / self._total() - before
 
     def _step(
         self, stage: Stage, examples: Sequence[Example], teacher: Callable[[], Any], progress: float

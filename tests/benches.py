@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
+
 from benchmarks import CHECKPOINTS, PROBLEMS
 from harness import registry
 from harness.config import Budget, SamplingSettings, Training
@@ -18,7 +20,7 @@ from harness.models.scripted import Scripted
 from harness.registry import Method
 from harness.store import Store
 from harness.trainer import Trainer
-from harness.types import Example, OffPolicy, Problem, Stage
+from harness.types import Example, OffPolicy, Problem, Request, Sampling, Stage, Trace
 
 SAMPLING = SamplingSettings(temperature=1.0, max_new_tokens=120)
 TRAINING = Training(batch_size=8, learning_rate=1e-3, warmup=0.0, checkpoint_every=2)
@@ -182,6 +184,20 @@ def scripted(
         SAMPLING,
         **settings,
     )
+
+
+def listen(lab: Workbench, monkeypatch: pytest.MonkeyPatch) -> list[Sampling]:
+    """What the student is asked for from now on, in a suite whose own settings are others."""
+    asked: list[Sampling] = []
+    generate = lab.student.generate
+
+    def heard(requests: Sequence[Request], sampling: Sampling) -> list[list[Trace]]:
+        asked.append(sampling)
+        return generate(requests, sampling)
+
+    monkeypatch.setattr(lab.student, "generate", heard)
+    monkeypatch.setattr(lab, "_sampling", SamplingSettings(temperature=0.6, top_p=0.9, top_k=5))
+    return asked
 
 
 def answer(text: str, think: str = "1") -> str:

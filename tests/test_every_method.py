@@ -13,13 +13,14 @@ import pytest
 from harness import problems, registry
 from harness.config import parse
 from harness.store import digest
+from harness.types import OnPolicy
 from tests.benches import TINY, Cut, Run, model
 
 NAMES = sorted(registry.methods())
 
 
 def test_methods_were_found() -> None:
-    assert {"sft", "limo", "paced", "heal"} <= set(NAMES)
+    assert {"sft", "limo", "paced", "heal", "fkl", "rkl", "hard_filter", "akl", "gkd"} <= set(NAMES)
     assert set(TINY) <= set(NAMES)
 
 
@@ -55,9 +56,15 @@ def test_lengths_match(run: Run) -> None:
 
 
 def test_what_it_did_is_noted_and_paid_for(run: Run) -> None:
-    assert run.lab.notes
-    assert run.ledger.charged["trained"] > 0 and run.ledger.charged["steps"] == 4
-    assert run.ledger.charged["teacher_generated"] > 0
+    sources = [stage.source for stage in run.stages]
+    problems = list(run.lab.problems)  # who takes them all has chosen nothing that could be noted
+    everything = all(isinstance(s, OnPolicy) and list(s.problems) == problems for s in sources)
+    assert run.lab.notes or everything
+    charged = run.ledger.charged
+    assert charged["trained"] > 0 and charged["steps"] == 4
+    for use, column in {"generate": "teacher_generated", "logits": "teacher_scored"}.items():
+        assert charged[column] > 0 or f"teacher.{use}" not in run.method.required()
+    assert charged["teacher_generated"] + charged["teacher_scored"] > 0
 
 
 def test_a_second_run_pays_the_same_and_spends_nothing_on_the_teacher(run: Run) -> None:

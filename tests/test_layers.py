@@ -28,6 +28,7 @@ RANK = {
     "compare": 8,
     "doctor": 9,
     "mechanisms": 9,
+    "snr": 9,
     "cli": 10,
     "__main__": 11,
     "__init__": 0,

@@ -76,6 +76,30 @@ def test_paced_without_exponents_is_a_uniform_kl(schedule: str, kind: str, norm:
     same("paced", {**fields, "schedule": schedule, "norm": norm}, kind)
 
 
+@pytest.mark.parametrize(("name", "fields", "other", "its"), [
+    ("fkl", {"references": 4}, "paced", {"alpha": 0.0, "beta": 0.0, "schedule": "fkl", "rollouts": 4, "references": 4}),
+    ("rkl", {}, "paced", {"alpha": 0.0, "beta": 0.0, "schedule": "rkl", "rollouts": 4}),
+    ("hard_filter", {"bounds": "inclusive", "rollouts": 4, "references": 4}, "fkl", {"references": 4}),
+    ("hard_filter", {"bounds": "inclusive", "rollouts": 4, "kl": "reverse"}, "rkl", {}),
+    ("gkd", {"lam": 0.0, "beta": 0.0, "references": 4}, "fkl", {"references": 4, "reduction": "token_mean"}),
+    ("gkd", {"lam": 1.0, "beta": 1.0, "temperature": 1.0}, "rkl", {"reduction": "token_mean"}),
+])  # fmt: skip
+def test_a_uniform_kl_by_another_name(
+    name: str, fields: dict[str, Any], other: str, its: dict[str, Any]
+) -> None:
+    one, two = Run(name, fields), Run(other, its)
+    assert one.losses == two.losses and one.student.identity == two.student.identity
+
+
+def test_a_uniform_kl_pays_for_nothing_that_it_does_not_use() -> None:
+    forward, reverse = Run("fkl").ledger.charged, Run("rkl").ledger.charged
+    assert forward["student_generated"] == 0 < forward["teacher_generated"]
+    assert reverse["teacher_generated"] == 0 < reverse["student_generated"]
+    student = Run("gkd", {"lam": 1.0}).ledger.charged
+    teacher = Run("gkd", {"lam": 0.0}).ledger.charged
+    assert student["teacher_generated"] == teacher["student_generated"] == 0
+
+
 def test_limo_that_selects_nothing_away_trains_on_the_best_chain_of_every_solved_problem() -> None:
     fields = {"weak_k": 1, "weak_max": 1, "strong_k": 4, "strong_max": 4, "keep": 10**6}
     limo, sft = Run("limo", fields, train=False), Run("sft", {"samples": 4, "keep": 4}, train=False)

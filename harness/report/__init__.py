@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.report import formats, plots, reading
+from harness.report import formats, plots, reading, snr
 from harness.report.plots import Series, Style
 from harness.report.reading import BASE, Comparison
 
@@ -102,6 +102,7 @@ def html(comparison: Comparison) -> str:
             label: _reliability(rows, styles[label])
             for label, rows in comparison.mechanisms.items()
         },
+        **(snr.view(comparison.snr) if comparison.snr else {"snr": None}),
     )
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from harness.report import snr
 from harness.report.reading import (
     COSTS,
     HOW_TO_READ,
@@ -47,6 +48,8 @@ def markdown(comparison: Comparison) -> str:
     if comparison.mechanisms:
         parts.append("## Mechanisms")
         parts += [_mechanisms(label, rows) for label, rows in comparison.mechanisms.items()]
+    if comparison.snr:
+        parts += ["## Signal-to-noise by pass rate", *_snr(comparison.snr)]
     if comparison.summary.get("contamination"):
         parts += ["## Contamination", _facts(comparison.summary["contamination"])]
     parts += [
@@ -130,6 +133,17 @@ def _did(comparison: Comparison, label: str) -> str:
 def _mechanisms(label: str, rows: Sequence[Mapping[str, Any]]) -> str:
     header = [label, "value", "95 % interval", "cases", "problems"]
     return _table(header, scorecard(rows))
+
+
+def _snr(found: Mapping[str, Any]) -> list[str]:
+    parts = ["\n".join(f"- {_md(line)}." for line in snr.sentences(found))]
+    parts.append(_md(f"{snr.conditions(found)} {snr.MEANING}"))
+    for name, loss in found["losses"].items():
+        parts += [f"**{_md(name)}**", _table(snr.HEADER, snr.table(loss))]
+        parts.append(_table(snr.EXPONENTS, snr.exponents(loss)))
+        if rows := snr.kernels(loss):
+            parts.append(_table(snr.KERNELS, rows))
+    return parts
 
 
 def stage_line(stage: Mapping[str, Any]) -> str:

@@ -39,6 +39,7 @@ class Comparison:
     runs: Sequence[Row] = ()  # run.json of each trained cell
     levels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]] = field(default_factory=dict)
     mechanisms: Mapping[str, Sequence[Row]] = field(default_factory=dict)  # label -> scorecard
+    snr: Row | None = None  # snr.json
 
     @property
     def name(self) -> str:
@@ -163,7 +164,10 @@ def load(folder: Path) -> Comparison:
     runs = [run for run in runs if (run["label"], run["seed"]) in cells]
     runs.sort(key=lambda run: (order[run["label"], run["seed"]], run.get("data_seed", 0)))
     levels = _levels(sorted((folder / "samples").glob("*.parquet")), cells)
-    return Comparison(summary, runs, levels, _mechanisms(folder, {label for label, _ in cells}))
+    mechanisms = _mechanisms(folder, {label for label, _ in cells})
+    path = folder / "snr.json"
+    snr = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return Comparison(summary, runs, levels, mechanisms, snr)
 
 
 def _mechanisms(folder: Path, labels: set[str]) -> dict[str, list[Row]]:

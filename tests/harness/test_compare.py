@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from harness import compare
-from harness.compare import check, experiment, prepare
+from harness.compare import check, experiment, in_bands, prepare
 from harness.config import parse
 
 SUITE: dict[str, Any] = {
@@ -228,6 +228,44 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(
     )
 
 
+def test_bands_of_levels_are_judged_by_themselves() -> None:
+    """Records of one benchmark serve its bands again; a level in no band serves none."""
+    bands = {"easy": [1], "hard": [2, 4]}
+    setting = parse({**SUITE, "benchmarks": {"micro_math": {"bands": bands}, "micro_code": {}}})
+    records = [
+        {"benchmark": benchmark, "level": level, "correct": level == 1}
+        for benchmark in ("micro_math", "micro_code")
+        for level in (1, 2, 3, 4)
+    ]
+    found = in_bands(records, setting)
+    assert [(r["benchmark"], r["level"]) for r in found] == [
+        ("micro_math/easy", 1),
+        ("micro_math/hard", 2),
+        ("micro_math/hard", 4),
+    ]
+    assert records[0]["benchmark"] == "micro_math" and found[0]["correct"]
+
+
+def test_a_comparison_gives_its_bands_tables_and_verdicts(
+    whole: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, summary = whole
+    options = {"limit": 30, "max_new_tokens": 64, "bands": {"low": [1, 2]}}
+    path = suite(folder, benchmarks={"micro_math": options})
+    again = compare(path, methods=["sft"], results=folder / "results", quiet=True, track=False)
+    by_name = {
+        name: [c for c in again["cells"] if c["benchmark"] == name]
+        for name in ("micro_math", "micro_math/low")
+    }
+    assert [c["n_problems"] for c in by_name["micro_math"]] == [30] * 3
+    counts = {c["n_problems"] for c in by_name["micro_math/low"]}
+    assert len(counts) == 1 and 0 < counts.pop() < 30
+    assert {p["benchmark"] for p in again["pairs"]} == set(by_name)
+    # nothing was answered again: a band is a way to read what is there
+    held = {c["seed"]: c["accuracy"] for c in summary["cells"] if c["method"] == "sft"}
+    assert {c["seed"]: c["accuracy"] for c in by_name["micro_math"] if c["method"] == "sft"} == held
+
+
 # -- bad input ----------------------------------------------------------------------------------
 
 
@@ -239,6 +277,10 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(
             ["unknown method 'sftt'", "did you mean 'sft'"],
         ),
         ({"benchmarks": {"micro_maths": {}}}, ["micro_maths", "micro_math"]),
+        (
+            {"benchmarks": {"micro_math": {"options": {"families": ["redoce"]}}}},
+            ["no family 'redoce'", "reduce"],
+        ),
         ({"problems": {"micro_meth": {}}}, ["micro_meth", "micro_math"]),
         ({"student": "micro/studnt"}, ["micro/studnt", "micro/student"]),
         ({"student": "./nowhere"}, ["./nowhere"]),

@@ -47,6 +47,11 @@ def test_short_forms_and_overrides(suite: Path) -> None:
         ("seeds=none", ["'seeds'", "integer", "'none'"]),
         ("budget.trained_tokens=5", ["exactly one of", "steps"]),
         ("benchmarks.micro_math.n=4", ["greedy", "temperature"]),
+        ("benchmarks.micro_math.bands={top: []}", ["bands.top", "some of the levels"]),
+        (
+            "benchmarks.micro_math={levels: [1, 2], bands: {top: [2, 3]}}",
+            ["bands.top", "some of the levels [1, 2], got [2, 3]"],
+        ),
         ("reference=stf", ["'stf'", "sft"]),
         ("methods.base={}", ["'base'", "untrained"]),
         ("methods.a/b={}", ["'a/b'", "letters"]),

@@ -175,6 +175,8 @@ def test_answers_are_judged_once_and_in_bulk(monkeypatch: pytest.MonkeyPatch) ->
         ({"micro_math": {"temprature": 1}}, "unknown key 'temprature': did you mean 'temperature'"),
         ({"micro_math": {"n": 4}}, "n = 4 greedy samples are equal"),
         ({"micro_math": {"levels": [99]}}, "no level"),
+        ({"micro_math": {"options": {"families": ["x"]}}}, "no family 'x'"),
+        ({"micro_math": {"options": {"levels": [1]}}}, "levels is a key of its own"),
     ],
 )
 def test_bad_settings(benchmarks: dict[str, Any], message: str) -> None:
@@ -484,6 +486,8 @@ def test_the_protocol_hash_follows_what_decides_scores(monkeypatch: pytest.Monke
     assert hashed() == base == hashed({"n": 1, "levels": None})
     assert hashed({"temperature": 0.5}) != base
     assert hashed({"max_new_tokens": 64}) != base
+    assert hashed({"options": {"families": ["solve"]}}) != base == hashed({"options": {}})
+    assert hashed({"bands": {"low": [1]}}) == base  # another way to read the same answers
     assert hashed(model=Scripted(solve)) != base
     assert hashed(model=Scripted(solve)) == hashed(
         model=Scripted({})
@@ -508,3 +512,8 @@ def test_the_protocol_of_a_task_of_others(other_tasks: None) -> None:
 def test_problems_of_a_benchmark() -> None:
     found = evaluation.problems_of("micro_math", limit=3, split="dev")
     assert found == problems.load("micro_math", "dev", 3) and isinstance(found[0], Problem)
+    solve_only = evaluation.problems_of(
+        "micro_math", limit=4, levels=[1, 2], options={"families": ["solve"]}
+    )
+    assert all("x" in problem.prompt for problem in solve_only) and len(solve_only) == 4
+    assert {problem.level for problem in solve_only} == {1, 2}

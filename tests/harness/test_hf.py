@@ -97,6 +97,14 @@ def test_tokenize_ends_once_and_decodes_back() -> None:
     assert ids[0] == lm.tokenizer.convert_tokens_to_ids("<think>")
 
 
+def test_a_system_turn_stands_before_the_users() -> None:
+    lm = tiny_model()
+    raw = lm.tokenizer.decode(lm.encode("2+2", system="be brief"))
+    assert raw.index("system") < raw.index("be brief") < raw.index("user") < raw.index("2+2")
+    assert lm.encode("2+2") != lm.encode("2+2", system="be brief")
+    assert lm.encode("2+2") == tiny_model().encode("2+2")  # what was kept of one is not the other's
+
+
 def test_no_chat_template_says_what_to_do() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None

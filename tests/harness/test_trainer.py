@@ -253,6 +253,49 @@ def test_a_stage_that_was_cut_hands_nothing_on() -> None:
     assert run.state.stages[0]["steps"] < 10 and run.state.stages[1]["steps"] == 10
 
 
+def test_a_stage_that_ends_after_its_passes_leaves_the_rest_of_its_share() -> None:
+    """Six examples in fours: two passes are three steps."""
+    run = trainer(10)
+    twice = Stage("s", OffPolicy(EXAMPLES), nll, share=0.75, epochs=2)
+    run.run(0, twice, no_teacher, {})
+    assert run.state.step == 0 and run.state.consumed == 3
+    assert run.consumed == pytest.approx(0.3)
+    assert run.state.stages[0]["stopped_by"] is None
+    run.run(1, replace(twice, share=0.75 - run.consumed, epochs=None), no_teacher, {})
+    assert run.consumed == pytest.approx(0.75) and run.state.consumed == 8  # 7.5 rounds to even
+    run.run(2, replace(twice, share=0.25, epochs=1.5), no_teacher, {})
+    assert [s["steps"] for s in run.state.stages] == [
+        3,
+        5,
+        2,
+    ]  # its share is over before its passes
+    assert run.consumed == pytest.approx(1)
+
+
+def test_passes_of_an_on_policy_stage_count_problems_and_end_between_blocks() -> None:
+    problems = [Problem(str(i), "") for i in range(6)]
+
+    def make(block: Sequence[Problem]) -> list[Example]:
+        return [example(problem.id, 3, 4) for problem in block]
+
+    run = trainer(10)
+    run.run(0, Stage("s", OnPolicy(problems, make, every=2), nll, epochs=1), no_teacher, {})
+    assert run.state.stages[0]["steps"] == 2
+    run = trainer(10)
+    run.run(0, Stage("s", OnPolicy(problems, make, every=3), nll, epochs=1), no_teacher, {})
+    assert run.state.stages[0]["steps"] == 3
+
+
+def test_what_preparing_cost_counts_in_the_share_of_a_stage_that_ends_early() -> None:
+    ledger = Ledger()
+    run = trainer(ledger=ledger, budget=Budget(flops=1e9))
+    ledger.charge("flops", 2e8)
+    run.run(0, Stage("s", OffPolicy(EXAMPLES), nll, epochs=1), no_teacher, {})
+    trained = ledger.charged["flops"] - 2e8
+    assert 0 < trained < 7e8
+    assert run.consumed == pytest.approx(0.2 + trained / 1e9)
+
+
 def test_a_budget_of_flops_counts_scoring_too() -> None:
     teacher = tiny_model(1).freeze()
     lengths = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 
 from harness import registry
 from harness.objectives import forward_kl, reverse_kl
-from harness.types import Lab, OffPolicy, OnPolicy, Stage
+from harness.types import Lab, OffPolicy, OnPolicy, Problem, Stage
 from methods.paced import Paced, beta_kernel, kernel_peak
-from tests.benches import Run, answer, scripted
+from tests.benches import Cut, Run, answer, listen, scripted
 
 RIGHT, WRONG = answer("7"), answer("8")
 # Pass rates 0, 1/4, 1/2 and 1 over four rollouts.
@@ -129,3 +130,137 @@ def test_problems_of_weight_zero_cost_no_teacher_and_no_rollouts() -> None:
 
 def test_the_defaults_are_version_threes() -> None:
     assert (Paced().alpha, Paced().beta, Paced().rollouts, Paced().switch) == (1, 1, 8, 0.5)
+
+
+def test_zeros_that_are_dropped_do_not_count_in_the_mean() -> None:
+    lab = scripted(TEACHER, STUDENT)
+    # w = p^2 (1-p): 3/64 and 8/64 are left; mean 11/128
+    forward, _ = stages(lab, alpha=2.0, drop_zeros=True)
+    assert weights(forward) == pytest.approx({"rarely": 6 / 11, "half": 16 / 11})
+
+
+def test_smoothing_by_hand() -> None:
+    lab = scripted(TEACHER, STUDENT)
+    # p = (c + 1/2) / 5: 0.1, 0.3, 0.5, 0.9
+    smooth, _ = stages(lab, smoothing=0.5, alpha=2.0, norm="none")
+    expected = {"never": 0.009, "rarely": 0.063, "half": 0.125, "always": 0.081}
+    assert weights(smooth) == pytest.approx(expected)
+
+
+def test_the_students_text_is_its_own_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pass rates and rollouts at temperature 1, whatever the suite's sampling says."""
+    lab = scripted(TEACHER, STUDENT)
+    asked = listen(lab, monkeypatch)
+    _, reverse = stages(lab)
+    assert isinstance(reverse.source, OnPolicy)
+    reverse.source.make(lab.problems)
+    assert len(asked) >= 2
+    assert {(s.temperature, s.top_p, s.top_k) for s in asked} == {(1.0, 1.0, 0)}
+
+
+def test_pass_rates_are_estimated_once_for_all_who_ask(tmp_path: Path) -> None:
+    first = Run("paced", {"rollouts": 4, "references": 4, "schedule": "fkl"}, store=tmp_path)
+    other = Run("hard_filter", {"rollouts": 4, "references": 4}, store=tmp_path)
+    cost = first.ledger.charged["student_generated"]
+    assert cost > 0 and first.ledger.spent["student_generated"] >= cost
+    assert other.ledger.charged["student_generated"] == cost
+    assert other.ledger.spent["student_generated"] == 0
+    assert other.lab.notes["pass rates"] == first.lab.notes["pass rates"]
+
+
+# -- measuring again ----------------------------------------------------------------------------
+
+AGAIN: dict[str, Any] = {"rollouts": 4, "references": 4, "reestimate_every": 1.0, "smoothing": 0.5}
+
+
+def test_pass_rates_are_measured_again_after_every_epoch() -> None:
+    # 24 problems in steps of 8: an epoch is three steps, and half of eleven is six
+    run = Run("paced", AGAIN, steps=11)
+    assert [s.name for s in run.stages] == ["forward", "forward 2", "reverse", "reverse 2"]
+    assert [s["steps"] for s in run.trainer.state.stages] == [3, 3, 3, 2]
+    assert [s.optimizer for s in run.stages] == ["keep", "keep", "reset", "keep"]
+    rates = [
+        value
+        for name, value in run.lab.notes.items()
+        if name.startswith("pass rates") and "edges" in str(value)
+    ]
+    assert len(rates) == 3  # at the start and within each stage; the switch takes what is there
+    by_leg = [{e.problem: e.weight for e in examples} for examples in run.examples]
+    assert by_leg[0] != by_leg[1] != by_leg[3] and by_leg[1] != by_leg[0]
+    assert run.trainer.consumed == pytest.approx(1)
+
+
+def test_refreshing_at_the_switch_measures_there_too() -> None:
+    run = Run("paced", {**AGAIN, "reestimate_every": 0.0, "refresh_at_switch": True}, steps=6)
+    assert [s.name for s in run.stages] == ["forward", "reverse"]
+    assert {"pass rates", "pass rates at the switch"} <= set(run.lab.notes)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 7, 10])
+def test_a_run_that_was_cut_reuses_the_same_pass_rates(steps: int, tmp_path: Path) -> None:
+    whole = Run("paced", AGAIN, steps=11)
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(Cut):
+        Run("paced", AGAIN, steps=11, checkpoint=path, cut_after=steps, store=tmp_path)
+    again = Run("paced", AGAIN, steps=11, checkpoint=path, store=tmp_path)
+    assert again.losses == whole.losses and again.student.identity == whole.student.identity
+    assert again.lab.notes == whole.lab.notes
+    for quantity in ("student_generated", "teacher_scored", "trained"):
+        assert again.ledger.charged[quantity] == whole.ledger.charged[quantity]
+
+
+def test_a_student_that_has_mastered_everything_keeps_its_last_weights() -> None:
+    lab = scripted({"only": [RIGHT]}, {"only": [RIGHT]})
+    before = np.array([1.0])
+    assert Paced(rollouts=4)._weights(lab, "later", before) is before
+    assert lab.notes["later: no problem has weight"]
+
+
+# -- self-distillation --------------------------------------------------------------------------
+
+SELF: dict[str, Any] = {"rollouts": 4, "schedule": "rkl", "track": "self_distillation"}
+
+
+@pytest.mark.parametrize("context", ["answer_in_user", "answer_in_system"])
+def test_a_self_teacher_that_sees_the_answer_pulls_from_the_first_step(context: str) -> None:
+    run = Run("paced", {**SELF, "self_teacher_context": context}, steps=2)
+    assert run.losses[0] > 1e-3
+    assert run.stages[0].teacher is run.lab.base
+    assert run.ledger.charged["teacher_generated"] == 0
+
+
+def test_a_self_teacher_that_sees_no_more_than_the_student_pulls_nowhere() -> None:
+    run = Run("paced", {**SELF, "self_teacher_context": "none"}, steps=1)
+    assert run.losses[0] == pytest.approx(0, abs=1e-7)
+
+
+def test_what_the_self_teacher_sees() -> None:
+    run = Run("paced", SELF, train=False)
+    by_id = {problem.id: problem for problem in run.lab.problems}
+    live = [e for e in run.examples[0] if e.weight]
+    assert live
+    for example in live:
+        problem = by_id[example.problem]
+        assert problem.answer is not None and example.teacher_prompt is not None
+        assert example.prompt == run.student.encode(problem.prompt)  # bare, for the student
+        assert example.teacher_prompt == run.student.encode(run.lab.prompt(problem, problem.answer))
+    system = Run("paced", {**SELF, "self_teacher_context": "answer_in_system"}, train=False)
+    for example in (e for e in system.examples[0] if e.weight):
+        problem = by_id[example.problem]
+        told = f"hint: {problem.answer}"
+        assert example.teacher_prompt == run.student.encode(problem.prompt, system=told)
+
+
+def test_self_distillation_is_on_the_students_text() -> None:
+    with pytest.raises(ValueError, match=r"needs schedule rkl, got fkl_then_rkl"):
+        registry.build("paced", {"track": "self_distillation"})
+    needs = [
+        registry.build("paced", fields).required() for fields in (SELF, {"schedule": "rkl"}, {})
+    ]
+    assert needs == [{"base.logits"}, {"teacher.logits"}, {"teacher.generate", "teacher.logits"}]
+
+
+def test_a_problem_without_an_answer_cannot_be_shown() -> None:
+    lab = scripted(TEACHER, STUDENT, [Problem(name, f"{name}=?", tests="x") for name in TEACHER])
+    with pytest.raises(ValueError, match="'never' has no answer to show"):
+        Paced(**SELF)._shown(lab, lab.problems[0])
