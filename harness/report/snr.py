@@ -24,11 +24,11 @@ HEADER = (
 EXPONENTS = ("", "alpha", "95 % interval", "beta", "95 % interval", "bins")
 KERNELS = ("weight", "delta", "efficiency lost, at most")
 MEANING = (
-    "SNR of a bin: the squared norm of its mean gradient, without the noise's share, over the variance of a problem's gradient around it. "
-    "The bell is there if the SNR at p = 0 and at p = 1 is lower than the mean of the bins from 0.25 to 0.75. The exponents are those of "
-    "p^alpha (1-p)^beta that follow the SNR best; the best weight follows signal over variance (the square root of the first), which is the same "
-    "only if all signals are alike. delta is half the range of the log residuals over the bins, their noise included; tanh^2(delta) bounds "
-    "what a weight loses against the best one."
+    "The SNR of a bin is |g|^2 / V: g its mean gradient, with the noise's share taken off the square, and V the variance of a problem's "
+    "gradient around it. The bell is there if the SNR at p = 0 and at p = 1 is lower than the mean of the bins from 0.25 to 0.75. "
+    "alpha and beta are those of p^alpha (1-p)^beta that follow the SNR best; if the bins' gradients point one way, the best weight "
+    "follows |g| / V instead, which the second line fits. delta is half the range of the log residuals over the bins, their noise "
+    "included; tanh^2(delta) bounds what a weight loses against the best one, if the best one follows the SNR."
 )
 MINUS = "\N{MINUS SIGN}"
 CURVE = [place / 40 for place in range(1, 40)]
@@ -55,7 +55,7 @@ def table(loss: Mapping[str, Any]) -> list[list[str]]:
 def exponents(loss: Mapping[str, Any]) -> list[list[str]]:
     """The fitted exponents, of the SNR and of the best weight; a dash where bins are too few."""
     rows = []
-    for name, key in (("of the SNR", "fit"), ("of the best weight", "best_weight")):
+    for name, key in (("of the SNR, |g|^2 / V", "fit"), ("of |g| / V", "best_weight")):
         fit = loss[key]
         rows.append([name, *(["–"] * 5 if fit is None else _exponents(fit))])
     return rows

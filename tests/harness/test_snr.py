@@ -300,7 +300,7 @@ def test_the_report_of_a_comparison_shows_it(tmp_path: Path) -> None:
     assert report.snr.fed_back({**loss, "fit": {**(made or {}), "alpha": -0.3}}).startswith(
         "alpha: 0.00"
     )
-    assert report.snr.exponents(loss)[1] == ["of the best weight", *["–"] * 5]
+    assert report.snr.exponents(loss)[1] == ["of |g| / V", *["–"] * 5]
     from tests.harness.test_report import example
 
     folder = example(tmp_path / "c")
