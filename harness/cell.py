@@ -275,6 +275,8 @@ def recorded(job: Job, experiment: Experiment) -> bool:
 def evaluation_key(job: Job, experiment: Experiment, name: str) -> str:
     student = key(job, experiment) if job.label != "base" else fingerprint(experiment.student)
     settings = experiment.benchmarks[name].model_dump(mode="json", exclude={"bands"})
+    if not settings["options"]:  # none say nothing: what was answered before there were any stays
+        del settings["options"]
     return short_digest([student, settings, evaluation.protocol_of(name), evaluation.engine(None)])
 
 

@@ -239,7 +239,9 @@ def mechanisms(
 def snr(
     suite: Suite,
     rollouts: Annotated[int, typer.Option(min=2, help="Student samples behind a pass rate.")] = 32,
-    per_bin: Annotated[int, typer.Option(min=2, help="Problems of a bin, at most.")] = 200,
+    per_bin: Annotated[
+        int, typer.Option(help="Problems of a bin, at most; a bin counts from 50 on.")
+    ] = 200,
     references: Annotated[
         int, typer.Option(min=1, help="Teacher samples, of which the first correct one is used.")
     ] = 4,
@@ -277,7 +279,7 @@ def snr(
             if rows:
                 out.print(table)
         if exponents := said.fed_back(loss):
-            out.print(f"As PACED's own: {exponents}", highlight=False)
+            out.print(exponents, highlight=False)
     out.print()
     for line in said.sentences(found):
         out.print(f"{line}.", markup=False, highlight=False, soft_wrap=True)

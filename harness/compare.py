@@ -26,7 +26,7 @@ import psutil
 
 from harness import cell, evaluation, models, problems, registry, report, statistics, tracking
 from harness.cell import Job, write_json
-from harness.config import Experiment, find_suite, load, nearest
+from harness.config import Benchmark, Experiment, find_suite, load, nearest
 from harness.ledger import Ledger, total
 from harness.progress import Display, Event, throttled
 from harness.types import Problem
@@ -92,6 +92,22 @@ def check(setting: Experiment, labels: Sequence[str]) -> None:
         evaluation.check(name)
         if given.options:
             evaluation.problems_of(name, limit=1, levels=given.levels, options=given.options)
+        if given.bands:
+            _check_bands(name, given)
+
+
+def _check_bands(name: str, given: Benchmark) -> None:
+    """Refuse a band without problems, which would vanish from the tables."""
+    found = evaluation.problems_of(
+        name, limit=given.limit, levels=given.levels, options=given.options
+    )
+    there = sorted({problem.level for problem in found if problem.level is not None})
+    for band, levels in given.bands.items():
+        if not set(levels) & set(there):
+            raise ValueError(
+                f"benchmarks.{name}.bands.{band}: none of the {len(found)} problems is of level "
+                f"{', '.join(map(str, levels))}; they are of {', '.join(map(str, there)) or 'no level'}"
+            )
 
 
 def check_models(setting: Experiment, needed: Mapping[str, frozenset[str]]) -> None:

@@ -40,7 +40,7 @@ from harness.compare import (
 )
 from harness.config import Experiment
 from harness.lab import Workbench
-from harness.ledger import Ledger
+from harness.ledger import Ledger, forward_flops, training_flops
 from harness.models.collate import collate
 from harness.models.hf import HFModel
 from harness.objectives import forward_kl, reverse_kl
@@ -81,6 +81,10 @@ def measure(
     """Measure, fit and judge; write results/NAME/snr.json and return what it holds. A bin that was finished is read."""
     setting = experiment(suite, overrides)
     use_data(setting)
+    if per_bin < LEAST:
+        raise ValueError(
+            f"per_bin = {per_bin}: a bin counts from {LEAST} problems on; take at least {LEAST}"
+        )
     check_models(setting, {"snr": frozenset({"teacher.generate", "teacher.logits"})})
     results = Path(results)
     folder = results / setting.name
@@ -92,6 +96,7 @@ def measure(
     student, ledger = cell.student_model(setting.student), Ledger()
     student.model.eval()
     losses: dict[str, Any] = {}
+    longest = setting.training.max_length
     with Display(1) if not quiet else Silent() as display, ledger.timed():
         progress = throttled(lambda event: display(*event), "snr")
         lab = Workbench(
@@ -105,34 +110,33 @@ def measure(
             report=progress,
         )
         rates = lab.pass_rates(student, rollouts, **PLAIN)
-        chosen = choose(rates, rollouts, per_bin)
+        chosen, lacking = choose(lab, rates, rollouts, per_bin, references, longest)
         project = Projection(student.model, dimensions)
         for name, (objective, author) in LOSSES.items():
             bins = []
-            everywhere = [place for places in chosen.values() for place in places]
-            usable = _examples(lab, everywhere, author, references, setting.training.max_length)
-            for index, places in chosen.items():
-                examples = {place: usable[place] for place in places if place in usable}
-                if len(examples) < 2:
-                    continue
+            for index, written in chosen.items():
+                places = [*written]
+                examples = [*written.values()] if author == "teacher" else _fresh(lab, places)
                 models = [student.identity, lab.teacher.identity]
-                texts = [[each.prompt, each.response] for each in examples.values()]
+                texts = [[each.prompt, each.response] for each in examples]
                 key = digest([models, name, texts, dimensions])[:20]
                 path = folder / "snr" / f"{key}.npz"
+                charge(ledger, student, lab.teacher, examples, fresh=not path.is_file())
                 if not path.is_file():
-                    mine, phase = [*examples.values()], f"bin {index}, {objective.name}"
+                    phase = f"bin {index}, {objective.name}"
                     made = gradients(
-                        student, lab.teacher, mine, objective, project, progress, phase
+                        student, lab.teacher, examples, objective, project, progress, phase
                     )
                     _keep(path, *made)
                 with np.load(path) as held:
-                    bins.append(Bin(index, rates[[*examples]], *(held[k] for k in KEPT)))
+                    bins.append(Bin(index, rates[places], *(held[k] for k in KEPT)))
             losses[name] = judge(bins)
         display.finish("snr")
     found = {
         "name": setting.name,
         "rollouts": rollouts,
         "problems": len(lab.problems),
+        "without_reference": lacking,
         "dimensions": project.dimensions,
         "parameters": project.parameters,
         "losses": losses,
@@ -146,38 +150,72 @@ def measure(
     return found
 
 
-def choose(rates: np.ndarray, rollouts: int, per_bin: int) -> dict[int, list[int]]:
-    """Up to so many problems of each bin, at random: {bin: places in `rates` [P]}.
+def bin_of(rate: float, rollouts: int) -> int:
+    """0 holds p = 0 and INTERIOR + 1 p = 1; bin b between them holds (b - 1) / INTERIOR < p <= b / INTERIOR."""
+    right = round(rate * rollouts)
+    return INTERIOR + 1 if right >= rollouts else -(-right * INTERIOR // rollouts)
 
-    Bin 0 holds p = 0 and bin INTERIOR + 1 p = 1; bin b between them holds (b - 1) / INTERIOR < p <= b / INTERIOR.
+
+def choose(
+    lab: Workbench,
+    rates: np.ndarray,
+    rollouts: int,
+    per_bin: int,
+    references: int,
+    longest: int,
+) -> tuple[dict[int, dict[int, Example]], int]:
+    """Up to so many problems of each bin, at random, that have a usable response of the teacher: {bin: {place: it}}.
+
+    Both losses are taken on these problems. Also how many were passed over, because none of the teacher's responses is
+    correct or the first that is is too long.
     """
-    order = np.random.default_rng(0).permutation(len(rates))
-    found: dict[int, list[int]] = {}
-    for place in order.tolist():
-        right = round(float(rates[place]) * rollouts)
-        index = INTERIOR + 1 if right >= rollouts else -(-right * INTERIOR // rollouts)
-        mine = found.setdefault(index, [])
-        if len(mine) < per_bin:
-            mine.append(place)
-    return dict(sorted(found.items()))
-
-
-def _examples(
-    lab: Workbench, places: Sequence[int], author: str, references: int, longest: int
-) -> dict[int, Example]:
-    """What the loss of each problem is taken on, by its place: the teacher's first correct response, or a fresh one of the student."""
-    requests = [
-        Request(lab.prompt(problem), problem) for problem in (lab.problems[p] for p in places)
-    ]
-    if author == "teacher":
-        drawn = lab.samples(lab.teacher, references, requests=requests)
-        drawn = [[trace for trace in group if trace.correct] for group in drawn]
-    else:
-        drawn = lab.samples(lab.student, 1, requests=requests, on_policy=True, **PLAIN)
-    found = {
-        place: lab.example(group[0]) for place, group in zip(places, drawn, strict=True) if group
+    order = np.random.default_rng(0).permutation(len(rates)).tolist()
+    candidates: dict[int, list[int]] = {}
+    for place in order:
+        candidates.setdefault(bin_of(float(rates[place]), rollouts), []).append(place)
+    asked = [place for places in candidates.values() for place in places[: 2 * per_bin]]
+    requests = _requests(lab, asked)
+    drawn = lab.samples(lab.teacher, references, requests=requests)
+    usable: dict[int, Example] = {}
+    for place, group in zip(asked, drawn, strict=True):
+        if trace := next((each for each in group if each.correct), None):
+            example = lab.example(trace)
+            if len(example.prompt) + len(example.response) <= longest:
+                usable[place] = example
+    chosen = {
+        index: {p: usable[p] for p in [p for p in places if p in usable][:per_bin]}
+        for index, places in sorted(candidates.items())
     }
-    return {p: e for p, e in found.items() if len(e.prompt) + len(e.response) <= longest}
+    return {index: mine for index, mine in chosen.items() if len(mine) > 1}, len(asked) - len(
+        usable
+    )
+
+
+def _fresh(lab: Workbench, places: Sequence[int]) -> list[Example]:
+    """A response of the student to each problem, none of those behind its pass rate."""
+    drawn = lab.samples(lab.student, 1, requests=_requests(lab, places), on_policy=True, **PLAIN)
+    return [lab.example(group[0]) for group in drawn]
+
+
+def _requests(lab: Workbench, places: Sequence[int]) -> list[Request]:
+    return [Request(lab.prompt(lab.problems[place]), lab.problems[place]) for place in places]
+
+
+def charge(
+    ledger: Ledger,
+    student: HFModel,
+    teacher: LanguageModel,
+    examples: Sequence[Example],
+    fresh: bool,
+) -> None:
+    """What the gradients of these examples cost; spent only when they are taken."""
+    tokens = sum(len(each.prompt) + len(each.response) for each in examples)
+    flops = training_flops(student.num_parameters, tokens)
+    flops += forward_flops(getattr(teacher, "num_parameters", 0), tokens)
+    for quantity, amount in (("teacher_scored", tokens), ("flops", flops)):
+        ledger.charge(quantity, amount)
+        if fresh:
+            ledger.spend(quantity, amount)
 
 
 def gradients(
@@ -290,6 +328,14 @@ class Bin:
         return low, (self.index / INTERIOR if inside else low)
 
     @cached_property
+    def unit(self) -> Bin:
+        """The same gradients at length 1: only where they point. One of length 0 points nowhere."""
+        lengths = np.linalg.norm(self.vectors.astype(np.float64), axis=1)
+        some = lengths > 0
+        vectors = self.vectors[some] / lengths[some, None]
+        return Bin(self.index, self.rates[some], vectors, self.losses[some], self.norms[some])
+
+    @cached_property
     def estimates(self) -> tuple[np.ndarray, np.ndarray]:
         """Signal and noise, [1 + R]: of the problems themselves, then of resamples."""
         n = len(self.vectors)
@@ -300,7 +346,7 @@ class Bin:
 
     @cached_property
     def snr(self) -> np.ndarray:
-        """U / V, [1 + R]; below 0 where the signal is lost in the noise."""
+        """U / V, [1 + R]; below 0 where the signal is lost in the noise, NaN where there is no noise."""
         signal, noise = self.estimates
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(noise > 0, signal / noise, np.nan)
@@ -328,31 +374,39 @@ def signal_and_noise(gram: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray,
 
 
 def judge(bins: Sequence[Bin]) -> dict[str, Any]:
-    """The table of bins, the fitted exponents, and what the extremes say against the middle."""
+    """The table of bins, the fitted exponents, and what the extremes say against the middle; the same of unit gradients."""
     table = [
         {
             "low": each.edges[0],
             "high": each.edges[1],
             "p": each.rate,
             "n": len(each.rates),
-            # null where all gradients are alike
-            "snr": max(0.0, float(each.snr[0])) if np.isfinite(each.snr[0]) else None,
-            "ci95": [max(0.0, value) for value in interval(each.snr[1:])]
-            if np.isfinite(each.snr[0])
-            else None,
+            "counts": len(each.rates) >= LEAST,
+            **_estimate("snr", "ci95", each),
+            **_estimate("unit_snr", "unit_ci95", each.unit),
             "loss": float(each.losses.mean()),
             "norm": float(each.norms.mean()),
+            "norm_spread": float(np.log(np.maximum(each.norms, 1e-30)).std()),
         }
         for each in bins
     ]
-    enough = [b for b in bins if len(b.rates) >= LEAST and np.isfinite(b.snr[0])]
-    inside = [each for each in enough if 0 < each.index <= INTERIOR]
-    return {
-        "bins": table,
-        "fit": fit(inside, [each.snr for each in inside]),
-        "best_weight": fit(inside, [each.pull for each in inside]),
-        **extremes(enough),
-    }
+    found: dict[str, Any] = {"bins": table}
+    for name, mine in (("", bins), ("unit_", [each.unit for each in bins])):
+        enough = [b for b in mine if len(b.rates) >= LEAST and np.isfinite(b.snr[0])]
+        inside = [each for each in enough if 0 < each.index <= INTERIOR]
+        found[f"{name}fit"] = fit(inside, [each.snr for each in inside])
+        found |= {f"{name}{key}": value for key, value in extremes(enough).items()}
+        if not name:
+            found["best_weight"] = fit(inside, [each.pull for each in inside])
+    return found
+
+
+def _estimate(value: str, ci95: str, each: Bin) -> dict[str, Any]:
+    """null where all gradients are alike: no noise, no ratio."""
+    if len(each.rates) < 2 or not np.isfinite(each.snr[0]):
+        return {value: None, ci95: None}
+    bounds = [max(0.0, bound) for bound in interval(each.snr[1:])]
+    return {value: max(0.0, float(each.snr[0])), ci95: bounds}
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -361,11 +415,11 @@ def interval(values: np.ndarray) -> list[float]:
 
 
 def fit(bins: Sequence[Bin], values: Sequence[np.ndarray]) -> dict[str, Any] | None:
-    """log y = c + alpha log p + beta log(1 - p) over interior bins, by least squares weighted with 1 / var(log y).
+    """log y = c + alpha log p + beta log(1 - p) over interior bins, by least squares weighted with y^2 / var(y).
 
-    None where fewer than four bins have a positive value. `delta` is half the range of the residuals of a kernel (a factor
-    common to all weights changes nothing), and `lost` = tanh^2(delta) bounds the efficiency that it loses if y is what the
-    weight should follow. The noise of the bins is in delta too.
+    None where fewer than four bins have a positive value. `delta` is half the range of a kernel's residuals over the bins whose
+    interval lies above 0 (a factor common to all weights changes nothing), and `lost` = tanh^2(delta) bounds the
+    efficiency that it loses if y is what the weight should follow. The noise of the bins is in delta too.
     """
     used = [place for place, each in enumerate(values) if each[0] > 0]
     if len(used) < 4:
@@ -374,8 +428,9 @@ def fit(bins: Sequence[Bin], values: Sequence[np.ndarray]) -> dict[str, Any] | N
     draws = np.stack([values[place] for place in used], axis=1)  # [1 + R, bins]
     positive = draws > 0
     logs = np.log(np.where(positive, draws, 1.0))
-    spread = np.array([logs[1:, b][positive[1:, b]].std() for b in range(len(used))])
-    precision = 1 / np.maximum(spread, 1e-9) ** 2
+    # 1 / var(log y), by the delta method: a bin that is positive by luck alone hardly counts.
+    precision = (draws[0] / np.maximum(np.nanstd(draws[1:], axis=0), 1e-12)) ** 2
+    sure = np.nanpercentile(draws[1:], 2.5, axis=0) > 0
     design = np.stack([np.ones_like(rates), np.log(rates), np.log1p(-rates)], axis=1)
     found = np.full((len(logs), 3), np.nan)
     for row, (log, good) in enumerate(zip(logs, positive, strict=True)):
@@ -384,7 +439,9 @@ def fit(bins: Sequence[Bin], values: Sequence[np.ndarray]) -> dict[str, Any] | N
             found[row] = np.linalg.lstsq(design[good] * root[:, None], log[good] * root)[0]
     kernels = {"fitted": found[0, 1:], "alpha = beta = 1": (1, 1), "uniform": (0, 0)}
     deltas = {
-        name: float(np.ptp(logs[0] - design[:, 1:] @ np.asarray(exponents))) / 2
+        name: float(np.ptp((logs[0] - design[:, 1:] @ np.asarray(exponents))[sure])) / 2
+        if sure.any()
+        else 0.0
         for name, exponents in kernels.items()
     }
     return {

@@ -158,8 +158,7 @@ class Trainer:
         self._kept = self.state.step
         scored = any(objective.needs_teacher for objective in _objectives(stage))
         pending: list[Sequence[Example]] = []
-        stop: str | None = None
-        trained = bool(self.state.step)
+        stop: str | None = None if end > start else "preparation"
         passes = math.inf if stage.epochs is None else stage.epochs * len(items)
         while self.state.consumed < end - 1e-9 and not stop:
             if self.state.step * size >= passes and not pending:
@@ -182,7 +181,7 @@ class Trainer:
                 if not any(example.weight for example in examples):
                     stop = self.ledger.exhausted("student_generated", "teacher_generated")
             progress = (self.state.consumed - start) / (end - start)
-            trained |= self._step(stage, examples, teacher, progress)
+            self._step(stage, examples, teacher, progress)
             self.state.step += 1
             self._consume(self.ledger.charged["flops"] - paid)
             if scored:
@@ -193,7 +192,8 @@ class Trainer:
             if self.state.step - self._kept >= self.training.checkpoint_every and not pending:
                 self.save(notes)
                 self._kept = self.state.step
-        if not trained:
+        mine = self.state.curve[len(self.state.curve) - self.state.step :]
+        if stage.epochs is None and not any(row["tokens"] for row in mine):  # a short leg may miss
             raise ValueError(_empty(stage, "every example has weight 0", notes))
         done = self.state.stages[-1]
         done |= {"steps": self.state.step, "examples": len(items), "stopped_by": stop}
@@ -205,13 +205,16 @@ class Trainer:
         self.save(notes, boundary=True)
 
     def _begin(self, stage: Stage) -> None:
-        """Enter a stage: what it may consume is its share, less what it cost to prepare where FLOPs are the budget."""
+        """Enter a stage: what it may consume is its share, less what it cost to prepare where FLOPs are the budget.
+
+        One that is a later leg of passes (`epochs`) and has nothing left is passed over: what there was is trained on.
+        """
         length, cost = self._length(stage), 0.0
         if self.budget.flops is not None:
             cost = self.ledger.charged["flops"] - self.state.paid
             self.state.prepared += cost
             self.state.paid += cost
-        if length <= cost:
+        if length <= cost and (stage.epochs is None or not self.state.curve):
             why = f"its share {stage.share:g} of {self.budget.steps} steps rounds to none"
             if cost:
                 why = f"what was sampled and scored before it cost {cost:.3g} of its {length:.3g} FLOPs"
@@ -221,7 +224,7 @@ class Trainer:
                 "name": stage.name,
                 "share": stage.share,
                 "from": self.state.consumed,
-                "length": length - cost,
+                "length": max(0.0, length - cost),
                 "prepared": cost,
             }
         )
@@ -235,8 +238,8 @@ class Trainer:
 
     def _step(
         self, stage: Stage, examples: Sequence[Example], teacher: Callable[[], Any], progress: float
-    ) -> bool:
-        """One optimizer step; False if nothing in it has weight."""
+    ) -> None:
+        """One optimizer step."""
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -268,7 +271,6 @@ class Trainer:
                 "grad_norm": norm if live else 0.0,
             }
         )
-        return bool(live)
 
     def _update(
         self,
@@ -345,7 +347,7 @@ class Trainer:
     ) -> Sequence[Example]:
         """Examples that fit max_length; the others are dropped and counted."""
         longest = self.training.max_length
-        fit = [e for e in examples if len(e.prompt) + len(e.response) <= longest]
+        fit = [e for e in examples if length(e) <= longest]
         if len(fit) < len(examples):
             name = f"{stage.name}: longer than {longest} tokens"
             notes[name] = notes.get(name, 0) + len(examples) - len(fit)
@@ -521,17 +523,23 @@ def plan(examples: Sequence[Example], micro_tokens: int) -> list[list[Example]]:
     """Cut a step into micro-batches of one term, like lengths, and bounded padded size."""
     batches: list[list[Example]] = []
     width = 0
-    for example in sorted(examples, key=lambda e: (e.term, len(e.prompt) + len(e.response))):
-        length = -(-(len(example.prompt) + len(example.response)) // 32) * 32
+    for example in sorted(examples, key=lambda e: (e.term, length(e))):
+        padded = -(-length(example) // 32) * 32
         current = batches[-1] if batches else None
         fits = current and current[0].term == example.term
         # A much longer sequence starts a batch of its own: padding costs more than a forward pass.
-        if current and fits and (len(current) + 1) * length <= micro_tokens and length <= 2 * width:
+        if current and fits and (len(current) + 1) * padded <= micro_tokens and padded <= 2 * width:
             current.append(example)
         else:
             batches.append([example])
-            width = length
+            width = padded
     return batches
+
+
+def length(example: Example) -> int:
+    """Tokens of the longer of what the student and the teacher read."""
+    prompt = max(len(example.prompt), len(example.teacher_prompt or ()))
+    return prompt + len(example.response)
 
 
 def _token_weight(example: Example) -> float:

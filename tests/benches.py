@@ -102,6 +102,7 @@ class Run:
         fields: dict[str, Any] | None = None,
         *,
         steps: int = 4,
+        budget: Budget | None = None,
         seed: int = 0,
         store: Path | None = None,
         items: Sequence[Problem] | None = None,
@@ -121,7 +122,7 @@ class Run:
         self.trainer = Trainer(
             self.student,
             TRAINING,
-            Budget(steps=steps),
+            budget or Budget(steps=steps),
             seed,
             self.ledger,
             checkpoint=checkpoint,

@@ -80,6 +80,7 @@ def html(comparison: Comparison) -> str:
         headline=reading.headline(comparison),
         conditions=reading.conditions(comparison),
         how_to_read=reading.HOW_TO_READ,
+        gained=reading.against_base(comparison),
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         styles=styles,
         legend=plots.legend(styles),

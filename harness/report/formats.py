@@ -11,6 +11,7 @@ from harness.report.reading import (
     COSTS,
     HOW_TO_READ,
     Comparison,
+    against_base,
     amount,
     conditions,
     facts,
@@ -35,6 +36,9 @@ def markdown(comparison: Comparison) -> str:
     for benchmark in comparison.benchmarks:
         parts += [f"## Verdicts: {_md(benchmark)}", _verdicts(comparison.pairs(benchmark))]
     parts.append(HOW_TO_READ)
+    header, lines = against_base(comparison)
+    if lines:
+        parts += ["## Gained and lost", _table(header, lines)]
     if comparison.levels:
         parts.append("## Accuracy by level")
         parts += [
@@ -142,7 +146,7 @@ def _snr(found: Mapping[str, Any]) -> list[str]:
         parts += [f"**{_md(name)}**", _table(snr.HEADER, snr.table(loss))]
         parts.append(_table(snr.EXPONENTS, snr.exponents(loss)))
         if rows := snr.kernels(loss):
-            parts.append(_table(snr.KERNELS, rows))
+            parts += [_table(snr.KERNELS, rows), f"{snr.fed_back(loss)}."]
     return parts
 
 

@@ -249,6 +249,25 @@ def turned(pair: Row) -> Row:
     }
 
 
+def against_base(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """What each arm gained and lost on every benchmark, as header and lines; without lines where one table says it all."""
+    names = comparison.benchmarks
+    if len(names) < 2 or BASE not in comparison.labels:
+        return [], []
+    lines = []
+    for label in comparison.labels:
+        if label == BASE:
+            continue
+        cells = [label]
+        for name in names:
+            pair = comparison.pair(name, label, BASE)
+            cells.append(
+                f"{signed(pair['delta'])} ({span(pair['ci95'])}), {pair['verdict']}" if pair else ""
+            )
+        lines.append(cells)
+    return ["points against the untrained student", *names], lines
+
+
 # --- sentences ---------------------------------------------------------------------------------
 
 

@@ -18,17 +18,22 @@ HEADER = (
     "problems",
     "SNR",
     "95 % interval",
+    "SNR of unit gradients",
+    "95 % interval",
     "loss, nats a token",
     "gradient norm",
+    "its spread, log",
 )
-EXPONENTS = ("", "alpha", "95 % interval", "beta", "95 % interval", "bins")
+EXPONENTS = ("exponents", "alpha", "95 % interval", "beta", "95 % interval", "bins")
 KERNELS = ("weight", "delta", "efficiency lost, at most")
 MEANING = (
     "The SNR of a bin is |g|^2 / V: g its mean gradient, with the noise's share taken off the square, and V the variance of a problem's "
-    "gradient around it. The bell is there if the SNR at p = 0 and at p = 1 is lower than the mean of the bins from 0.25 to 0.75. "
-    "alpha and beta are those of p^alpha (1-p)^beta that follow the SNR best; if the bins' gradients point one way, the best weight "
-    "follows |g| / V instead, which the second line fits. delta is half the range of the log residuals over the bins, their noise "
-    "included; tanh^2(delta) bounds what a weight loses against the best one, if the best one follows the SNR."
+    "gradient around it. Of unit gradients it says only whether problems pull the same way: where a few gradients are far larger than "
+    "the rest (spread above 1) the plain SNR hangs on them and its interval is too sure. A bin counts from 50 problems on. The bell is "
+    "there if the SNR at p = 0 and at p = 1 is lower than the mean of the bins from 0.25 to 0.75. alpha and beta are those of "
+    "p^alpha (1-p)^beta that follow it best; if the bins' gradients point one way, the best weight follows |g| / V instead. delta is half "
+    "the range of the log residuals over the bins with signal, their noise included; tanh^2(delta) bounds what a weight loses against the "
+    "best one, if the best one follows the SNR."
 )
 MINUS = "\N{MINUS SIGN}"
 CURVE = [place / 40 for place in range(1, 40)]
@@ -42,11 +47,14 @@ def table(loss: Mapping[str, Any]) -> list[list[str]]:
             if row["low"] == row["high"]
             else f"{row['low']:.3g} to {row['high']:.3g}",
             f"{row['p']:.3f}",
-            str(row["n"]),
+            str(row["n"]) + ("" if row["counts"] else ", too few"),
             number(row["snr"]),
             span(row["ci95"]),
+            number(row["unit_snr"]),
+            span(row["unit_ci95"]),
             f"{row['loss']:.3f}",
             f"{row['norm']:.3g}",
+            f"{row['norm_spread']:.2f}",
         ]
         for row in loss["bins"]
     ]
@@ -55,7 +63,11 @@ def table(loss: Mapping[str, Any]) -> list[list[str]]:
 def exponents(loss: Mapping[str, Any]) -> list[list[str]]:
     """The fitted exponents, of the SNR and of the best weight; a dash where bins are too few."""
     rows = []
-    for name, key in (("of the SNR, |g|^2 / V", "fit"), ("of |g| / V", "best_weight")):
+    for name, key in (
+        ("of the SNR, |g|^2 / V", "fit"),
+        ("of |g| / V", "best_weight"),
+        ("of the SNR of unit gradients", "unit_fit"),
+    ):
         fit = loss[key]
         rows.append([name, *(["–"] * 5 if fit is None else _exponents(fit))])
     return rows
@@ -80,28 +92,29 @@ def kernels(loss: Mapping[str, Any]) -> list[list[str]]:
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
-    """For each loss, whether the bell is there, and why."""
+    """For each loss, whether the bell is there, and why; then the same of unit gradients."""
+    return [
+        _sentence(name + said, loss, prefix)
+        for name, loss in found["losses"].items()
+        for prefix, said in (("", ""), ("unit_", ", unit gradients"))
+    ]
+
+
+def _sentence(name: str, loss: Mapping[str, Any], prefix: str) -> str:
     said = {
         "yes": "the bell curve is there",
         "no": "there is no bell curve",
         "cannot tell": "cannot tell whether there is a bell curve",
     }
-    lines = []
-    for name, loss in found["losses"].items():
-        line = f"{name}: {said[loss['bell']]}"
-        if loss["middle"] is None:
-            lines.append(f"{line}, as no bin from 0.25 to 0.75 has enough problems")
-            continue
-        parts = [
-            f"SNR {number(loss['middle']['snr'])} ({span(loss['middle']['ci95'])}) in the middle"
-        ]
-        for end, row in loss["ends"].items():
-            words = {"lower": "lower", "higher": "higher", "cannot tell": "not to be told from it"}[
-                row["is"]
-            ]
-            parts.append(f"at {end} {words} ({number(row['difference'])}, {span(row['ci95'])})")
-        lines.append(f"{line}: {'; '.join(parts)}")
-    return lines
+    line = f"{name}: {said[loss[f'{prefix}bell']]}"
+    middle = loss[f"{prefix}middle"]
+    if middle is None:
+        return f"{line}, as no bin from 0.25 to 0.75 has 50 problems"
+    parts = [f"SNR {number(middle['snr'])} ({span(middle['ci95'])}) in the middle"]
+    for end, row in loss[f"{prefix}ends"].items():
+        words = {"cannot tell": "not to be told from it"}.get(row["is"], row["is"])
+        parts.append(f"at {end} {words} ({number(row['difference'])}, {span(row['ci95'])})")
+    return f"{line}: {'; '.join(parts)}"
 
 
 def fed_back(loss: Mapping[str, Any]) -> str:
@@ -109,7 +122,7 @@ def fed_back(loss: Mapping[str, Any]) -> str:
     if loss["fit"] is None:
         return ""
     alpha, beta = (min(20.0, max(0.0, loss["fit"][name])) for name in ("alpha", "beta"))
-    return f"alpha: {alpha:.2f}, beta: {beta:.2f}"
+    return f"As fields of paced: alpha: {alpha:.2f}, beta: {beta:.2f}"
 
 
 def chart(name: str, loss: Mapping[str, Any]) -> Markup:
@@ -117,15 +130,14 @@ def chart(name: str, loss: Mapping[str, Any]) -> Markup:
     rows = [row for row in loss["bins"] if row["snr"] is not None]
     if not rows:
         return Markup("")
-    series = [
-        Series(
-            "measured",
-            Style.of(0),
-            [(row["p"], row["snr"]) for row in rows],
-            [tuple(row["ci95"]) for row in rows],
-            line=False,
-        )
-    ]
+
+    def points(name: str, colour: int, prefix: str, shift: float) -> Series:
+        mine = [row for row in rows if row[f"{prefix}snr"] is not None]
+        values = [(row["p"], row[f"{prefix}snr"]) for row in mine]
+        intervals = [tuple(row[f"{prefix}ci95"]) for row in mine]
+        return Series(name, Style.of(colour), values, intervals, line=False, shift=shift)
+
+    series = [points("measured", 0, "", -2), points("of unit gradients", 2, "unit_", 2)]
     if fit := loss["fit"]:
         top = max(value for row in rows for value in row["ci95"])
         curve = [(p, fit["scale"] * p ** fit["alpha"] * (1 - p) ** fit["beta"]) for p in CURVE]
@@ -178,7 +190,10 @@ def view(found: Mapping[str, Any]) -> dict[str, Any]:
 def conditions(found: Mapping[str, Any]) -> str:
     exact = found["dimensions"] == found["parameters"]
     how = "exact gradients" if exact else f"gradients projected to {found['dimensions']} numbers"
-    return f"{found['problems']} training problems, {found['rollouts']} rollouts each, the untrained student, {how}."
+    return (
+        f"{found['problems']} training problems, {found['rollouts']} rollouts each, the untrained student, {how}; "
+        f"{found['without_reference']} problems passed over for want of a correct response of the teacher."
+    )
 
 
 def number(value: float | None) -> str:

@@ -68,6 +68,9 @@ class Paced(Method):
         return self.needs if "fkl" in self.schedule else frozenset({"teacher.logits"})
 
     def stages(self, lab: Lab) -> Iterator[Stage]:
+        if self.track == "self_distillation" and self.self_teacher_context != "none":
+            for problem in lab.problems:  # before a single rollout is paid
+                self._shown(lab, problem)
         order = self.schedule.split("_then_")
         start, weights = 0.0, self._weights(lab, "pass rates")
         for place, kind in enumerate(order):

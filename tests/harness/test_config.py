@@ -93,8 +93,8 @@ def test_a_missing_suite_names_the_nearest(tmp_path: Path) -> None:
 def test_method_fields_are_checked_with_their_label() -> None:
     with pytest.raises(ValueError, match=r"methods\.paced.*'alpah'.*did you mean 'alpha'"):
         registry.build("paced", {"alpah": 1}, "suite.yaml")
-    with pytest.raises(ValueError, match=r"'alpha'.*less than or equal to 3.*got 4"):
-        registry.build("paced", {"alpha": 4.0}, "suite.yaml")
+    with pytest.raises(ValueError, match=r"'alpha'.*less than or equal to 20.*got 21"):
+        registry.build("paced", {"alpha": 21.0}, "suite.yaml")
     with pytest.raises(ValueError, match=r"unknown method 'pacd'.*did you mean 'paced'"):
         registry.build("x", {"method": "pacd"}, "suite.yaml")
 

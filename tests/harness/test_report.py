@@ -253,6 +253,17 @@ def test_leaderboard_shows_accuracy_and_charged_costs(page, comparison):
     assert means == sorted(means, reverse=True)
 
 
+def test_gains_and_losses_against_the_untrained_student_stand_in_one_table(written, comparison):
+    header, lines = reading.against_base(comparison)
+    assert header[1:] == comparison.benchmarks and len(lines) == len(comparison.labels) - 1
+    pair = comparison.pair("micro_code", lines[0][0], "base")
+    place = header.index("micro_code")
+    assert lines[0][place].startswith(f"{reading.signed(pair['delta'])} (")
+    assert lines[0][place].endswith(pair["verdict"])
+    for name in ("report.html", "report.md"):
+        assert "Gained and lost" in written[name] and lines[0][place] in written[name]
+
+
 def test_matrix_says_every_pair_from_both_sides(page, comparison):
     matrix = page.tables[1]
     labels = comparison.labels
@@ -324,7 +335,8 @@ def test_markdown_and_latex_escape_and_agree(written, comparison):
         for line in markdown.splitlines()
         if "&lt;script" in line and line[0] == "|"
     }
-    assert width <= {13, 9, 8}  # leaderboard, verdicts, levels: the label's own bar adds none
+    # leaderboard, verdicts, levels, gains: the label's own bar adds none
+    assert width <= {13, 9, 8, 4}
     assert "\\toprule" in table
     assert "$<$script$>$alert(1)$<$/script$>$|x\\_y &" in table
     assert f"{100 * accuracy['accuracy']:.1f}$^{{\\uparrow}}$" in table

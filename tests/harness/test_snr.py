@@ -12,11 +12,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from harness import cli, report, snr
+from harness import cli, problems, report, snr
+from harness.lab import Workbench
 from harness.models.hf import HFModel
 from harness.objectives import forward_kl, reverse_kl
-from harness.snr import INTERIOR, Bin, Projection, choose, extremes, fit, interval, signal_and_noise
+from harness.snr import INTERIOR, Bin, Projection, extremes, fit, interval, signal_and_noise
+from harness.snr import bin_of as bin_index
 from harness.types import Example
+from tests.benches import model
 from tests.tiny import tiny_model
 
 
@@ -66,20 +69,52 @@ def test_the_estimate_is_unbiased_and_its_interval_covers(monkeypatch: pytest.Mo
 
 def test_a_bin_of_equal_gradients_says_nothing_and_breaks_nothing() -> None:
     row = snr.judge([bin_of(1, np.ones((4, 3)))])["bins"][0]
-    assert row["n"] == 4 and row["snr"] is None and row["ci95"] is None
+    assert row["n"] == 4 and row["snr"] is None and row["ci95"] is None and not row["counts"]
 
 
 def test_bins_and_their_edges() -> None:
-    rates = np.array([0, 1 / 32, 4 / 32, 5 / 32, 16 / 32, 17 / 32, 31 / 32, 1, 0])
-    chosen = choose(rates, 32, 10)
-    assert {index: sorted(places) for index, places in chosen.items()} == {
-        0: [0, 8], 1: [1, 2], 2: [3], 4: [4], 5: [5], 8: [6], 9: [7],
-    }  # fmt: skip
-    assert sum(map(len, choose(np.full(50, 0.3), 10, 7).values())) == 7
-    edges = {index: bin_of(index, np.ones((2, 1))).edges for index in chosen}
+    counts = {0: 0, 1: 1, 4: 1, 5: 2, 16: 4, 17: 5, 31: 8, 32: 9}  # of 32 right
+    assert {right: bin_index(right / 32, 32) for right in counts} == counts
+    edges = {index: bin_of(index, np.ones((2, 1))).edges for index in range(10)}
     assert edges[0] == (0, 0) and edges[9] == (1, 1) and edges[1] == (0, 0.125) and edges[8][1] == 1
-    eight = choose(np.arange(9) / 8, 8, 10)
-    assert [len(places) for places in eight.values()] == [1] * 9  # K = 8: every value by itself
+    assert [bin_index(right / 8, 8) for right in range(9)] == [
+        *range(9)[:8],
+        9,
+    ]  # K = 8: each alone
+
+
+def test_what_the_best_weight_follows_by_hand() -> None:
+    made = bin_of(3, np.array([[1.0, 0], [0, 1], [1, 2]]))  # U = 1, V = 4/3
+    assert made.snr[0] == pytest.approx(0.75) and made.pull[0] == pytest.approx(0.75)
+    longer = bin_of(3, np.array([[2.0, 0], [0, 2], [2, 4]]))  # U = 4, V = 16/3
+    assert longer.snr[0] == pytest.approx(0.75) and longer.pull[0] == pytest.approx(2 / (16 / 3))
+
+
+def test_unit_gradients_do_not_hang_on_a_large_one() -> None:
+    g = np.array([[1.0, 0], [3, 0], [0, 5], [0, 0]])
+    unit = bin_of(3, g).unit
+    assert (
+        unit.vectors == pytest.approx(np.array([[1, 0], [1, 0], [0, 1]])) and len(unit.rates) == 3
+    )
+    # pairs: cosines 1, 0, 0 -> U = 1/3; |difference|^2 / 2 = 0, 1, 1 -> V = 2/3
+    assert unit.snr[0] == pytest.approx(0.5)
+    rng = np.random.default_rng(0)
+    same = rng.normal(size=(80, 30)) + 0.6
+    scale = np.exp(1.6 * rng.normal(size=(80, 1)))
+    assert bin_of(3, same * scale).unit.snr[0] == pytest.approx(
+        bin_of(3, same).unit.snr[0], rel=1e-5
+    )
+
+
+def test_bins_are_resampled_apart() -> None:
+    g = np.random.default_rng(0).normal(size=(30, 8)) + 0.5
+    one, other = bin_of(3, g), bin_of(4, g)
+    assert one.snr[0] == other.snr[0] and not np.allclose(one.snr[1:], other.snr[1:])
+
+
+def test_the_protocol_says_what_it_does() -> None:
+    assert f"from {snr.LEAST} problems on" in report.snr.MEANING
+    assert "from {:g} to {:g}".format(*snr.MIDDLE) in report.snr.MEANING
 
 
 # -- fit and verdict ----------------------------------------------------------------------------
@@ -110,6 +145,15 @@ def test_the_fit_recovers_the_exponents() -> None:
     delta = (max(residual) - min(residual)) / 2
     expected = {"delta": delta, "lost": np.tanh(delta) ** 2}
     assert found["kernels"]["alpha = beta = 1"] == pytest.approx(expected)
+
+
+def test_a_bin_that_is_positive_by_luck_counts_for_nothing() -> None:
+    bins, values = kernel(0.7, 1.6, noise=0.02)
+    rng = np.random.default_rng(2)
+    values[3] = np.r_[1e-7, 0.005 * rng.normal(size=500)]
+    found = fit(bins, values)
+    assert found is not None and found["alpha"] == pytest.approx(0.7, abs=0.02)
+    assert found["kernels"]["fitted"]["delta"] < 0.05  # nor is it in delta
 
 
 def test_noisy_bins_count_less() -> None:
@@ -220,6 +264,15 @@ def test_the_projection_keeps_inner_products() -> None:
     assert np.abs(off).max() < 0.2 and np.abs(np.mean(off, axis=0)).max() < 0.06
 
 
+def test_the_projections_signs_are_random() -> None:
+    """Without them a gradient of one sign would add up: (D / d)^2 d instead of D."""
+    network = torch.nn.Linear(200, 100, bias=False)
+    network.weight.grad = torch.ones_like(network.weight)
+    vector, norm = Projection(network, 401)()
+    assert norm == pytest.approx(20_000**0.5)
+    assert float(vector @ vector) == pytest.approx(20_000, rel=0.4)
+
+
 # -- the command --------------------------------------------------------------------------------
 
 SUITE: dict[str, Any] = {
@@ -243,8 +296,22 @@ def test_the_command_measures_prints_and_reads_what_it_finished(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(snr, "LEAST", 4)
     (tmp_path / "small.yaml").write_text(json.dumps(SUITE))
+    seen: list[tuple[str, list[Example]]] = []
+    drawn: list[tuple[int, bool]] = []
+    take, samples = snr.gradients, Workbench.samples
+
+    def gradients(student: Any, teacher: Any, examples: Any, objective: Any, *rest: Any) -> Any:
+        seen.append((objective.name, examples))
+        return take(student, teacher, examples, objective, *rest)
+
+    def sampled(lab: Any, model: Any, n: int = 1, **given: Any) -> Any:
+        drawn.append((n, given.get("on_policy", False)))
+        return samples(lab, model, n, **given)
+
+    monkeypatch.setattr(snr, "gradients", gradients)
+    monkeypatch.setattr(Workbench, "samples", sampled)
     words = ["snr", "small.yaml", "--rollouts", "6", "--per-bin", "12", "--dimensions", "500"]
-    done = CliRunner().invoke(cli.app, words, env={"COLUMNS": "120"})
+    done = CliRunner().invoke(cli.app, words, env={"COLUMNS": "160"})
     assert done.exit_code == 0, done.output
     for text in (
         "forward KL, teacher's response",
@@ -255,14 +322,36 @@ def test_the_command_measures_prints_and_reads_what_it_finished(
         assert text in done.output
     found = json.loads((tmp_path / "results/small/snr.json").read_text())
     assert found["dimensions"] == 500 and found["rollouts"] == 6 and found["problems"] == 60
-    for loss in found["losses"].values():
+    forward, reverse = found["losses"].values()
+    assert [(r["p"], r["n"]) for r in forward["bins"]] == [
+        (r["p"], r["n"]) for r in reverse["bins"]
+    ]
+    for loss in (forward, reverse):
         assert [row["p"] for row in loss["bins"]] == sorted(row["p"] for row in loss["bins"])
         assert loss["bins"][0]["p"] == 0 and loss["bins"][-1]["p"] == 1
         assert all(2 <= row["n"] <= 12 and row["loss"] > 0 for row in loss["bins"])
         assert all(low <= high for low, high in (row["ci95"] for row in loss["bins"]))
         assert loss["bell"] in ("yes", "no", "cannot tell")
-    spent = found["ledger"]["spent"]
+    # the same problems, each loss on its own author's text; the student's is no rollout that counted
+    half = len(seen) // 2
+    assert {name for name, _ in seen[:half]} == {"forward_kl"}
+    assert {name for name, _ in seen[half:]} == {"reverse_kl"}
+    for (_, taught), (_, own) in zip(seen[:half], seen[half:], strict=True):
+        assert [e.problem for e in taught] == [e.problem for e in own]
+        assert [e.response for e in taught] != [e.response for e in own]
+    assert [on for n, on in drawn if n == 1] == [True] * half
+    answers = {
+        p.id: p.answer
+        for p in problems.load("micro_math", "train", **SUITE["problems"]["micro_math"])
+    }
+    decode = model("either").decode
+    for _, examples in seen[:half]:
+        for e in examples:
+            assert decode(e.response).rpartition("</think>")[2].strip() == answers[e.problem]
+    spent, charged = found["ledger"]["spent"], found["ledger"]["charged"]
     assert spent["trained"] == 0 and spent["student_generated"] > 0
+    tokens = sum(len(e.prompt) + len(e.response) for _, examples in seen for e in examples)
+    assert charged["teacher_scored"] == spent["teacher_scored"] == tokens
     page = (tmp_path / "results/small/snr.html").read_text()
     assert page.count('<svg class="chart"') == 2 and "measured" in page
 
@@ -272,39 +361,91 @@ def test_the_command_measures_prints_and_reads_what_it_finished(
     monkeypatch.setattr(snr, "gradients", refuse)
     again = snr.measure("small.yaml", rollouts=6, per_bin=12, dimensions=500, quiet=True)
     assert json.loads(json.dumps(again["losses"])) == found["losses"]
+    assert again["ledger"]["charged"]["teacher_scored"] == tokens
+    assert again["ledger"]["spent"]["teacher_scored"] == 0
+
+
+def test_responses_that_training_would_drop_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snr, "LEAST", 4)
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps({**SUITE, "training": {"max_length": 60}}))
+    found = snr.measure(path, rollouts=4, per_bin=8, dimensions=50, quiet=True, results=tmp_path)
+    assert found["without_reference"] > 5
+    assert [row["p"] for row in found["losses"]["forward KL, teacher's response"]["bins"]]
+
+
+def test_bins_too_small_to_count_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a bin counts from 50 problems on; take at least 50"):
+        snr.measure("paced-frontier", per_bin=49, results=tmp_path / "r", quiet=True)
+    assert not (tmp_path / "r").exists()
 
 
 def test_the_report_of_a_comparison_shows_it(tmp_path: Path) -> None:
-    rows = [
-        {"low": 0.0, "high": 0.0, "p": 0.0, "n": 60, "snr": 0.004, "ci95": [0, 0.01], "loss": 1.5, "norm": 9.0},
-        {"low": 0.25, "high": 0.5, "p": 0.4, "n": 70, "snr": 0.03, "ci95": [0.02, 0.05], "loss": 0.5, "norm": 7.0},
-    ]  # fmt: skip
+    row = {
+        "low": 0.0,
+        "high": 0.0,
+        "p": 0.0,
+        "n": 60,
+        "counts": True,
+        "snr": 0.004,
+        "ci95": [0, 0.01],
+        "loss": 1.5,
+    }
+    row |= {"unit_snr": 0.1, "unit_ci95": [0.05, 0.2], "norm": 9.0, "norm_spread": 1.25}
+    other = {
+        **row,
+        "low": 0.25,
+        "high": 0.5,
+        "p": 0.4,
+        "n": 12,
+        "counts": False,
+        "snr": None,
+        "ci95": None,
+    }
     made = fit(*kernel(0.7, 1.6, noise=0.1))
     end = {"difference": -0.026, "ci95": [-0.04, -0.01], "is": "lower"}
-    loss = {"bins": rows, "fit": made, "best_weight": None, "bell": "cannot tell"}
-    loss |= {"middle": {"snr": 0.03, "ci95": [0.02, 0.05]}, "ends": {"p = 0": end}}
+    loss = {"bins": [row, other], "fit": made, "best_weight": None, "unit_fit": None}
+    loss |= {
+        "bell": "cannot tell",
+        "middle": {"snr": 0.03, "ci95": [0.02, 0.05]},
+        "ends": {"p = 0": end},
+    }
+    loss |= {"unit_bell": "cannot tell", "unit_middle": None, "unit_ends": {}}
     found = {
         "name": "x",
         "rollouts": 32,
         "problems": 99,
+        "without_reference": 7,
         "dimensions": 8191,
         "parameters": 9999,
-        "losses": {"reverse KL": loss},
     }
-    (line,) = report.snr.sentences(found)
+    found |= {"losses": {"reverse KL": loss}}
+    assert report.snr.table(loss)[1][2:4] == ["12, too few", "–"]
+    line, unit = report.snr.sentences(found)
     assert line == (
         "reverse KL: cannot tell whether there is a bell curve: SNR 0.0300 (0.0200 to 0.0500) in the middle; "
         "at p = 0 lower (−0.0260, −0.0400 to −0.0100)"
     )
-    assert report.snr.fed_back(loss) == "alpha: 0.70, beta: 1.60"
-    assert report.snr.fed_back({**loss, "fit": {**(made or {}), "alpha": -0.3}}).startswith(
-        "alpha: 0.00"
+    assert unit == (
+        "reverse KL, unit gradients: cannot tell whether there is a bell curve, as no bin from 0.25 to 0.75 has 50 problems"
     )
+    assert report.snr.fed_back(loss) == "As fields of paced: alpha: 0.70, beta: 1.60"
+    negative = {**loss, "fit": {**(made or {}), "alpha": -0.3}}  # paced takes none below 0
+    assert report.snr.fed_back(negative) == "As fields of paced: alpha: 0.00, beta: 1.60"
     assert report.snr.exponents(loss)[1] == ["of |g| / V", *["–"] * 5]
     from tests.harness.test_report import example
 
     folder = example(tmp_path / "c")
     (folder / "snr.json").write_text(json.dumps(found))
     report.write(folder)
-    assert "SNR 0.0300" in (folder / "report.md").read_text()
-    assert "Signal-to-noise by pass rate" in (folder / "report.html").read_text()
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text()
+        for said in (
+            "Signal-to-noise by pass rate",
+            "SNR 0.0300",
+            "alpha: 0.70, beta: 1.60",
+            "7 problems passed",
+        ):
+            assert said in text

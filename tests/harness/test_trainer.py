@@ -377,6 +377,15 @@ def test_longer_examples_are_dropped_and_counted() -> None:
     assert notes == {"s: longer than 20 tokens": 3}
 
 
+def test_what_the_teacher_reads_counts_in_lengths() -> None:
+    long = example("a", 3, 4, teacher_prompt=tuple(range(90)))
+    assert len(plan([long, example("b", 3, 4)], 128)) == 2  # 96 beside 32
+    assert len(plan([example("a", 3, 4), example("b", 3, 4)], 128)) == 1
+    run, notes = trainer(1, training={"max_length": 60}), {}
+    run.run(0, Stage("s", OffPolicy([long, example("b", 3, 4)]), nll), no_teacher, notes)
+    assert notes["s: longer than 60 tokens"] == 1
+
+
 def test_micro_batches_keep_terms_apart_and_bound_their_size() -> None:
     data = [
         example("a", 3, 9),

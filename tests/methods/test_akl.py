@@ -66,6 +66,14 @@ def test_head_loss_and_gradient_by_hand(
     assert slope[0].tolist() == pytest.approx(pull, abs=1e-12)
 
 
+def test_a_mass_of_exactly_mu_is_in_under_one_rule_and_enough_under_the_other() -> None:
+    teacher = torch.tensor([[0.25, 0.5, 0.25]])  # the ties go by the vocabulary's order
+    assert head(teacher, 0.75, "cum_le_mu").tolist() == [[True, True, False]]
+    assert head(teacher, 0.75, "smallest_ge_mu").tolist() == [[True, True, False]]
+    assert head(teacher, 0.74, "cum_le_mu").tolist() == [[False, True, False]]
+    assert head(teacher, 0.76, "smallest_ge_mu").tolist() == [[True, True, True]]
+
+
 def test_rows_have_heads_of_their_own() -> None:
     both = torch.tensor([P, P[::-1]])
     assert head(both, 0.9, "cum_le_mu").nonzero().tolist() == [[0, 1], [0, 3], [1, 0], [1, 2]]
@@ -129,6 +137,7 @@ def test_whose_text(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert teacher.objective == AdaptiveKL(0.3, "smallest_ge_mu") and teacher.mean == "token"
     assert student.objective == AdaptiveKL(0.5, "cum_le_mu")
+    assert list(student.source.problems) == list(lab.problems)
     assert {lab.student.decode(e.response) for e in student.source.make(lab.problems)} == {wrong}
     assert [(s.temperature, s.top_p, s.top_k) for s in asked] == [(1.0, 1.0, 0)]
 

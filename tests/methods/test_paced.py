@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from harness import registry
+from harness.config import Budget
+from harness.ledger import Ledger
 from harness.objectives import forward_kl, reverse_kl
 from harness.types import Lab, OffPolicy, OnPolicy, Problem, Stage
 from methods.paced import Paced, beta_kernel, kernel_peak
@@ -69,6 +71,10 @@ def test_weights_of_problems_by_hand() -> None:
     )
     top, _ = stages(lab, norm="max1")  # 4 p (1-p)
     assert weights(top) == pytest.approx({"never": 0, "rarely": 0.75, "half": 1, "always": 0})
+    peak, _ = stages(lab, norm="max1", alpha=2.0)  # p^2 (1-p) is 4/27 at its peak, p = 2/3
+    assert weights(peak) == pytest.approx(
+        {"never": 0, "rarely": 81 / 256, "half": 27 / 32, "always": 0}
+    )
     step, _ = stages(lab, norm="batch_sum1")
     assert step.normalise == "step" and raw.normalise == "none"
 
@@ -118,14 +124,30 @@ def test_a_student_without_a_frontier_is_refused() -> None:
         stages(lab)
 
 
-def test_problems_of_weight_zero_cost_no_teacher_and_no_rollouts() -> None:
-    run = Run("paced", {"rollouts": 4, "references": 4})
-    weight = {e.problem: e.weight for e in run.examples[0]}
-    zeros = [name for name, w in weight.items() if w == 0]
-    assert zeros and len(zeros) < len(weight)
-    assert all(
-        e.response == () for examples in run.examples for e in examples if e.problem in zeros
-    )
+def test_problems_of_weight_zero_cost_no_teacher_and_no_rollouts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lab = scripted(TEACHER, STUDENT)
+    asked: list[tuple[str, list[str]]] = []
+    for model in (lab.student, lab.teacher):
+        generate = model.generate
+
+        def heard(
+            requests: Any, sampling: Any, model: Any = model, generate: Any = generate
+        ) -> Any:
+            asked.append((model.name, [request.problem.id for request in requests]))
+            return generate(requests, sampling)
+
+        monkeypatch.setattr(model, "generate", heard)
+    forward, reverse = stages(lab, alpha=2.0)
+    assert asked == [("student", [*TEACHER]), ("teacher", ["rarely", "half"])]
+    assert isinstance(reverse.source, OnPolicy)
+    made = reverse.source.make(lab.problems)
+    assert asked[2:] == [("student", ["rarely", "half"])]
+    assert isinstance(forward.source, OffPolicy)
+    for examples in (forward.source.examples, made):
+        assert [e.problem for e in examples] == [*TEACHER]
+        assert [e.response != () for e in examples] == [False, True, True, False]
 
 
 def test_the_defaults_are_version_threes() -> None:
@@ -188,6 +210,39 @@ def test_pass_rates_are_measured_again_after_every_epoch() -> None:
     by_leg = [{e.problem: e.weight for e in examples} for examples in run.examples]
     assert by_leg[0] != by_leg[1] != by_leg[3] and by_leg[1] != by_leg[0]
     assert run.trainer.consumed == pytest.approx(1)
+
+
+def test_legs_are_as_long_as_they_say() -> None:
+    run = Run("paced", {**AGAIN, "schedule": "fkl", "reestimate_every": 2.0}, steps=14)
+    assert [s["steps"] for s in run.trainer.state.stages] == [6, 6, 2]
+
+
+def test_legs_under_a_budget_of_tokens_train_what_one_stage_does() -> None:
+    budget = Budget(trained_tokens=6000)
+    legs = Run("paced", {**AGAIN, "schedule": "fkl"}, budget=budget)
+    whole = Run("paced", {**AGAIN, "schedule": "fkl", "reestimate_every": 0.0}, budget=budget)
+    assert len(legs.stages) > 2 and len(whole.stages) == 1
+    longest = max(row["tokens"] for row in legs.trainer.state.curve)
+    for run in (legs, whole):
+        assert 6000 <= run.ledger.charged["trained"] < 6000 + longest
+        assert run.trainer.consumed == pytest.approx(1)
+
+
+def test_a_leg_whose_measuring_cost_the_rest_of_the_flops_is_passed_over() -> None:
+    """Two legs are paid for, and a third measuring takes more than what is left: what was trained is kept."""
+    one = Run("paced", {**AGAIN, "schedule": "fkl"}, steps=3).ledger.charged["flops"]
+    run = Run("paced", {**AGAIN, "schedule": "fkl"}, budget=Budget(flops=1.05 * one))
+    stages = run.trainer.state.stages
+    assert len(stages) == 2 and stages[-1]["steps"] == 0
+    assert stages[-1]["stopped_by"] == "preparation" and stages[0]["steps"] > 0
+    with pytest.raises(ValueError, match="gets no step"):
+        Run("paced", {**AGAIN, "schedule": "fkl"}, budget=Budget(flops=one / 10))
+
+
+def test_a_short_leg_may_draw_no_problem_with_weight() -> None:
+    fields = {"rollouts": 4, "references": 4, "reestimate_every": 0.04, "schedule": "fkl"}
+    run = Run("paced", fields, steps=12)
+    assert len(run.stages) == 12 and run.ledger.charged["steps"] == 12
 
 
 def test_refreshing_at_the_switch_measures_there_too() -> None:
@@ -260,7 +315,10 @@ def test_self_distillation_is_on_the_students_text() -> None:
     assert needs == [{"base.logits"}, {"teacher.logits"}, {"teacher.generate", "teacher.logits"}]
 
 
-def test_a_problem_without_an_answer_cannot_be_shown() -> None:
-    lab = scripted(TEACHER, STUDENT, [Problem(name, f"{name}=?", tests="x") for name in TEACHER])
-    with pytest.raises(ValueError, match="'never' has no answer to show"):
-        Paced(**SELF)._shown(lab, lab.problems[0])
+def test_a_problem_without_an_answer_is_refused_before_a_rollout_is_paid() -> None:
+    ledger = Ledger()
+    made = [Problem(name, f"{name}=?", None if name == "half" else "7") for name in TEACHER]
+    lab = scripted(TEACHER, STUDENT, made, ledger=ledger)
+    with pytest.raises(ValueError, match="'half' has no answer to show"):
+        next(Paced(**SELF).stages(lab))
+    assert ledger.charged["student_generated"] == 0
