@@ -16,15 +16,13 @@ HEADER = (
     "pass rate",
     "mean",
     "problems",
-    "SNR",
-    "95 % interval",
-    "SNR of unit gradients",
-    "95 % interval",
+    "SNR (95 %)",
+    "of unit gradients (95 %)",
     "loss, nats a token",
     "gradient norm",
-    "its spread, log",
+    "its log spread",
 )
-EXPONENTS = ("exponents", "alpha", "95 % interval", "beta", "95 % interval", "bins")
+EXPONENTS = ("exponents", "alpha (95 %)", "beta (95 %)", "bins")
 KERNELS = ("weight", "delta", "efficiency lost, at most")
 MEANING = (
     "The SNR of a bin is |g|^2 / V: g its mean gradient, with the noise's share taken off the square, and V the variance of a problem's "
@@ -48,10 +46,8 @@ def table(loss: Mapping[str, Any]) -> list[list[str]]:
             else f"{row['low']:.3g} to {row['high']:.3g}",
             f"{row['p']:.3f}",
             str(row["n"]) + ("" if row["counts"] else ", too few"),
-            number(row["snr"]),
-            span(row["ci95"]),
-            number(row["unit_snr"]),
-            span(row["unit_ci95"]),
+            _with_interval(row["snr"], row["ci95"]),
+            _with_interval(row["unit_snr"], row["unit_ci95"]),
             f"{row['loss']:.3f}",
             f"{row['norm']:.3g}",
             f"{row['norm_spread']:.2f}",
@@ -69,14 +65,12 @@ def exponents(loss: Mapping[str, Any]) -> list[list[str]]:
         ("of the SNR of unit gradients", "unit_fit"),
     ):
         fit = loss[key]
-        rows.append([name, *(["–"] * 5 if fit is None else _exponents(fit))])
+        rows.append([name, *(["–"] * 3 if fit is None else _exponents(fit))])
     return rows
 
 
 def _exponents(fit: Mapping[str, Any]) -> list[str]:
-    cells = [
-        cell for e in ("alpha", "beta") for cell in (plain(fit[e]), span(fit[f"{e}_ci95"], plain))
-    ]
+    cells = [f"{plain(fit[e])} ({span(fit[f'{e}_ci95'], plain)})" for e in ("alpha", "beta")]
     without = len(fit["skipped"])
     return [*cells, f"{fit['bins']}" + (f", {without} without signal" if without else "")]
 
@@ -194,6 +188,10 @@ def conditions(found: Mapping[str, Any]) -> str:
         f"{found['problems']} training problems, {found['rollouts']} rollouts each, the untrained student, {how}; "
         f"{found['without_reference']} problems passed over for want of a correct response of the teacher."
     )
+
+
+def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+    return "–" if value is None else f"{number(value)} ({span(interval)})"
 
 
 def number(value: float | None) -> str:

@@ -434,7 +434,7 @@ def test_the_report_of_a_comparison_shows_it(tmp_path: Path) -> None:
     assert report.snr.fed_back(loss) == "As fields of paced: alpha: 0.70, beta: 1.60"
     negative = {**loss, "fit": {**(made or {}), "alpha": -0.3}}  # paced takes none below 0
     assert report.snr.fed_back(negative) == "As fields of paced: alpha: 0.00, beta: 1.60"
-    assert report.snr.exponents(loss)[1] == ["of |g| / V", *["–"] * 5]
+    assert report.snr.exponents(loss)[1] == ["of |g| / V", *["–"] * 3]
     from tests.harness.test_report import example
 
     folder = example(tmp_path / "c")
