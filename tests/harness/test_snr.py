@@ -317,7 +317,7 @@ def test_the_command_measures_prints_and_reads_what_it_finished(
         "forward KL, teacher's response",
         "reverse KL, student's response",
         "bell curve",
-        "nats a token",
+        "of unit gradients",
     ):
         assert text in done.output
     found = json.loads((tmp_path / "results/small/snr.json").read_text())
