@@ -272,8 +272,10 @@ def against_base(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def headline(comparison: Comparison) -> str:
-    """The result in one sentence."""
-    parts = [_reading(comparison, benchmark) for benchmark in comparison.benchmarks]
+    """The result in one sentence; bands of levels have their tables."""
+    names = comparison.benchmarks
+    whole = [name for name in names if name.rpartition("/")[0] not in names]
+    parts = [_reading(comparison, benchmark) for benchmark in whole]
     sentence = "; ".join(part for part in parts if part)
     return f"{sentence[:1].upper()}{sentence[1:]}." if sentence else "No arms to compare."
 

@@ -253,6 +253,17 @@ def test_leaderboard_shows_accuracy_and_charged_costs(page, comparison):
     assert means == sorted(means, reverse=True)
 
 
+def test_the_headline_is_of_whole_benchmarks(comparison):
+    summary = json.loads(json.dumps(comparison.summary))
+    for rows in (summary["cells"], summary["pairs"]):
+        rows += [
+            {**r, "benchmark": "micro_math/easy"} for r in rows if r["benchmark"] == "micro_math"
+        ]
+    banded = reading.Comparison(summary)
+    assert "micro_math/easy" in banded.benchmarks
+    assert reading.headline(banded) == reading.headline(reading.Comparison(comparison.summary))
+
+
 def test_gains_and_losses_against_the_untrained_student_stand_in_one_table(written, comparison):
     header, lines = reading.against_base(comparison)
     assert header[1:] == comparison.benchmarks and len(lines) == len(comparison.labels) - 1
