@@ -1,4 +1,4 @@
-"""One torch thread, no hub, fixed seeds, and no warnings of our own."""
+"""One torch thread, no hub, fixed seeds, no warnings of our own, and programs in whatever sandbox there is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from harness.verifiers import sandbox
+
 torch.set_num_threads(1)
+if sandbox.unusable() is not None:  # tests of bubblewrap itself are skipped there
+    os.environ.setdefault(sandbox.FLAG, "fallback")
 
 
 @pytest.fixture(autouse=True)
@@ -27,4 +31,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_report_collectionfinish(items: list[pytest.Item]) -> str:
     real = sum("real_data" in item.nodeid for item in items)
     where = os.environ.get("RETORT_DATA", "not set")
-    return f"{real} tests on real benchmark data (RETORT_DATA: {where})"
+    inside = f"sandbox: {sandbox.kind()}"
+    return f"{real} tests on real benchmark data (RETORT_DATA: {where}); {inside}"

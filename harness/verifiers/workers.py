@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from harness.verifiers import code, sandbox
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 60.0  # a worker's imports, on a slow disk
@@ -71,7 +74,8 @@ class Worker:
         self.kill()
 
     def kill(self) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with what a sandbox put between
         self.process.wait()
         with contextlib.suppress(BrokenPipeError):
             self._in.close()
@@ -117,17 +121,21 @@ class Pool:
 def _math() -> Worker:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = "from harness.verifiers import math; math.serve()"
-    return Worker([sys.executable, "-P", "-c", command], {**os.environ, "PYTHONPATH": path})
+    worker = Worker([sys.executable, "-P", "-c", command], {**os.environ, "PYTHONPATH": path})
+    worker.ask(["1", "1"], 0.0)  # imports end here: no answer is given their time as well
+    return worker
 
 
-def _code() -> Worker:
-    # As -I, which is -E -P -s, but for -E: the environment is empty, and sets are to iterate alike in every run.
+def _code(kind: str) -> Worker:
     kept = {key: os.environ[key] for key in ("TMPDIR", "LD_LIBRARY_PATH") if key in os.environ}
-    script = str(Path(__file__).with_name("nursery.py"))
-    return Worker([sys.executable, "-P", "-s", "-S", script], {**kept, "PYTHONHASHSEED": "0"})
+    return Worker(sandbox.command(kind, code.LIMITS), {**kept, **sandbox.ENVIRONMENT})
 
 
-POOLS = {"math": Pool(_math), "code": Pool(_code)}
+POOLS = {
+    "math": Pool(_math),
+    "bubblewrap": Pool(lambda: _code("bubblewrap")),
+    "fallback": Pool(lambda: _code("fallback")),
+}
 
 
 @atexit.register
