@@ -96,21 +96,21 @@ class Budget(Frozen):
 
 
 class Benchmark(Frozen):
-    """How one benchmark is sampled."""
+    """How one benchmark is sampled; None: as its task says."""
 
-    n: int = Field(1, gt=0)  # samples a problem
+    n: int | None = Field(None, gt=0)  # samples a problem
     limit: int | None = Field(None, gt=0)  # problems; None: all of them
-    temperature: float = Field(0.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    max_new_tokens: int | None = Field(None, gt=0)  # None: the task's
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    max_new_tokens: int | None = Field(None, gt=0)
     levels: list[int] | None = None
     options: dict[str, Any] = {}  # further options of its problem set, such as families
     bands: dict[str, list[int]] = {}  # name -> levels that get a table and verdicts of their own
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Benchmark:
-        if self.n > 1 and self.temperature == 0:
+        if self.n is not None and self.n > 1 and self.temperature == 0:
             raise ValueError(f"n = {self.n} greedy samples are equal: give a temperature above 0")
         for band, levels in self.bands.items():
             known = levels if self.levels is None else self.levels

@@ -468,13 +468,13 @@ def sample_group(model: LanguageModel, sampling: Sampling) -> dict[str, Any]:
 
 def sample_keys(model: LanguageModel, request: Request, n: int) -> list[str]:
     """The store keys of a request's samples."""
-    start = digest([model.encode(request.prompt), request.prefix])
+    start = digest([request.encoded(model), request.prefix])
     return [f"{start}-{index}" for index in range(n)]
 
 
 def _given(model: LanguageModel, request: Request) -> int:
     """Tokens that a model reads before it writes."""
-    return len(model.encode(request.prompt)) + len(request.prefix)
+    return len(request.encoded(model)) + len(request.prefix)
 
 
 def _row(trace: Trace) -> dict[str, Any]:

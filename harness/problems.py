@@ -3,28 +3,33 @@
     load("gsm8k", "train", n=500)
     load({"gsm8k": {"n": 500}, "math": {"levels": [4, 5]}}, "train")     a mixture
     load({"path": "mine.jsonl", "prompt": "question"}, "train")          a file of one's own
+    load({"livecodebench": {"release": "v5", "start": "2024-08-01"}}, "test")
+    every("mbpp")                                                        all rows, whatever their split
 
 RETORT_DATA=DIR reads DIR/gsm8k/train.jsonl.gz and so on in place of the Hub.
 """
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from harness import coding
 from harness.config import nearest
 from harness.registry import plugins
 from harness.types import Oracle, Problem, ProblemSet, Split
-from harness.verifiers.completion import boxed
+from harness.verifiers.completion import boxed, stub
 
 Row = Mapping[str, Any]
 Source = str | Mapping[str, Any]
@@ -38,6 +43,10 @@ TEMPLATES = {
     "bare": "{prompt}",
     "math": "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
     "code": "{prompt}\n\nPlease reason step by step, and end with the complete program in one ```python block.",
+    "stub": (
+        "Complete this function:\n\n```python\n{prompt}\n```\n\n"
+        "Please reason step by step, and end with the complete program in one ```python block."
+    ),
 }
 HINTS = {
     "bare": "\nhint: {hint}",
@@ -53,6 +62,8 @@ FIELDS: Mapping[str, tuple[str, ...]] = {  # ours -> theirs, the first that a ro
     "tests": ("tests",),
     "solution": ("solution",),
     "level": ("level",),
+    "entry": ("entry", "entry_point"),
+    "subject": ("subject", "type"),
 }
 
 
@@ -67,6 +78,9 @@ class TableSet:
     fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # where FIELDS does not fit
     domain: str = "math"
     verifier: str = "math"
+    shape: Callable[[Row], Row] | None = None  # from a row of theirs to one with our fields
+    mark: str = ""  # field that names a row's split, where one file holds them all
+    whole: str = ""  # the Hub's expression for all splits, where test is not all that is asked for
 
     @property
     def oracle(self) -> Oracle | None:
@@ -81,34 +95,156 @@ class TableSet:
                 digest.update(json.dumps([p.id, p.prompt, p.answer, p.tests]).encode())
         return digest.hexdigest()[:16]
 
+    def rows(self, split: Split) -> Iterator[tuple[str, Row]]:
+        """The rows of a split, each with its place."""
+        folder = os.environ.get("RETORT_DATA")
+        if self.hub and not folder:
+            yield from _hub_rows(self, self.splits[split], self.files[split])
+            return
+        for place, row in _lines(Path(folder if self.hub and folder else "", self.files[split])):
+            if not self.mark or row.get(self.mark) == self.splits[split]:
+                yield place, row
+
+    def every(self) -> list[Problem]:
+        """All rows of the test problems' file, in whatever split."""
+        split: Split = "test" if "test" in self.files else next(iter(self.files))
+        if not self.mark:
+            return list(_table(self, split))
+        folder = os.environ.get("RETORT_DATA")
+        rows = (
+            _lines(Path(folder, self.files[split]))
+            if folder
+            else _hub_rows(self, self.whole, self.files[split])
+        )
+        return _problems(self, rows)
+
     def load(
         self,
         split: Split,
         n: int | None = None,
         *,
         levels: Sequence[int] | None = None,
+        subjects: Sequence[str] | None = None,
         **options: Any,
     ) -> list[Problem]:
-        """The first n problems of a split (of some levels); where there is no dev split, a tenth of train is dev."""
+        """The first n problems of a split (of some levels or subjects); where there is no dev split, a tenth of train is dev."""
         if options:
             raise ValueError(
-                f"{self.name} has no option {', '.join(sorted(options))}; it knows n and levels"
+                f"{self.name} has no option {', '.join(sorted(options))}; it knows n, levels and subjects"
             )
         carved = split != "test" and "dev" not in self.files and "train" in self.files
         if split not in self.files and not carved:
             raise ValueError(f"{self.name} has no {split} split; it has {', '.join(self.files)}")
+        table = _table(self, "train" if carved else split)
+        known = sorted({problem.subject for problem in table if problem.subject})
+        for subject in subjects or ():
+            if subject not in known:
+                raise ValueError(
+                    f"{self.name} has no subject {subject!r}: {nearest(subject, known)}"
+                )
         chosen = [
             problem
-            for problem in _table(self, "train" if carved else split)
+            for problem in table
             if (not carved or _is_dev(problem) == (split == "dev"))
             and (levels is None or problem.level in levels)
+            and (subjects is None or problem.subject in subjects)
         ]
         if not chosen:
             raise ValueError(
                 f"{self.name}: the {split} split has no problem"
                 + (f" of levels {list(levels)}" if levels is not None else "")
+                + (f" of subjects {', '.join(subjects)}" if subjects is not None else "")
             )
         return chosen[:n]
+
+
+@dataclass(frozen=True)
+class LiveCodeBench(TableSet):
+    """Its data files grow by a release; problems are chosen by release and by the date of their contest.
+
+    The Hub's files are read as they are, since the dataset's own loading script no longer loads. RETORT_DATA has the first
+    release with public tests, and private ones where a second file has them.
+    """
+
+    RELEASES = ("v1", "v2", "v3", "v4", "v5", "v6")
+    PRIVATE = "livecodebench/v1_leetcode_substitute_hidden_tests.jsonl.gz"
+
+    def load(
+        self,
+        split: Split,
+        n: int | None = None,
+        *,
+        levels: Sequence[int] | None = None,
+        release: str = "v1",
+        start: Any = None,
+        end: Any = None,
+        **options: Any,
+    ) -> list[Problem]:
+        """The problems of a release whose contest was on a day from start to end, both counted; ISO dates."""
+        if options:
+            raise ValueError(
+                f"{self.name} has no option {', '.join(sorted(options))}; it knows n, levels, release, start and end"
+            )
+        if split != "test":
+            raise ValueError(f"{self.name} has no {split} split; it has test")
+        first, last = (self._day(name, day) for name, day in (("start", start), ("end", end)))
+        days: list[str] = []
+
+        def inside() -> Iterator[tuple[str, Row]]:  # a row at a time: a release holds gigabytes
+            for place, row in self._released(release):
+                days.append(str(_shaped(lambda row: row["contest_date"], row, place))[:10])
+                if (first or days[-1]) <= days[-1] <= (last or days[-1]):
+                    yield place, row
+
+        found = _problems(self, inside())
+        if days and not found:
+            raise ValueError(
+                f"{self.name}: no contest from {first or 'the first'} to {last or 'the last'}; "
+                f"release {release} has those from {min(days)} to {max(days)}"
+            )
+        chosen = [p for p in found if levels is None or p.level in levels]
+        if not chosen:
+            raise ValueError(
+                f"{self.name}: the test split has no problem of levels {list(levels or ())}; "
+                f"known: {', '.join(f'{level} ({word})' for word, level in coding.DIFFICULTY.items())}"
+            )
+        return chosen[:n]
+
+    def rows(self, split: Split) -> Iterator[tuple[str, Row]]:
+        return self._released("v1")
+
+    def _released(self, release: str) -> Iterator[tuple[str, Row]]:
+        """The rows of all releases up to one."""
+        if release not in self.RELEASES:
+            raise ValueError(
+                f"{self.name}: unknown release {release!r}: {nearest(str(release), self.RELEASES)}"
+            )
+        folder = os.environ.get("RETORT_DATA")
+        if not folder:
+            for number in range(1, self.RELEASES.index(release) + 2):
+                name = f"test{number if number > 1 else ''}.jsonl"
+                yield from _lines(_hub_file(self, name))
+            return
+        if release != "v1":
+            raise ValueError(
+                f"{self.name}: RETORT_DATA holds release v1 only, and {release} was asked for; unset RETORT_DATA "
+                "to read it from the Hub"
+            )
+        private = Path(folder, self.PRIVATE)
+        more = {row["question_id"]: row for _, row in _lines(private)} if private.is_file() else {}
+        kept = ("private_test_cases", "reference_solution")
+        for place, row in _lines(Path(folder, self.files["test"])):
+            hidden = more.get(row.get("question_id"), {})
+            yield place, {**row, **{name: hidden[name] for name in kept if name in hidden}}
+
+    def _day(self, name: str, value: Any) -> str | None:
+        """A date of the window; YAML reads one that is not quoted as a date itself."""
+        try:
+            return value and datetime.date.fromisoformat(str(value)).isoformat()
+        except ValueError:
+            raise ValueError(
+                f"{self.name}: {name}: a date such as 2023-09-01, got {value!r}"
+            ) from None
 
 
 TABLE = {
@@ -136,6 +272,35 @@ TABLE = {
         ),
         TableSet("aime25", "math-ai/aime25", {"test": "test"}, {"test": "aime25/test.jsonl.gz"}),
         TableSet("amc23", "math-ai/amc23", {"test": "test"}, {"test": "amc23/test.jsonl.gz"}),
+        TableSet(
+            "humaneval",
+            "openai/openai_humaneval",
+            {"test": "test"},
+            {"test": "humaneval/test.jsonl.gz"},
+            domain="code",
+            verifier="code",
+            shape=coding.humaneval,
+        ),
+        TableSet(
+            "mbpp",
+            "google-research-datasets/mbpp:full",
+            {"train": "train", "dev": "validation", "test": "test"},
+            dict.fromkeys(("train", "dev", "test"), "mbpp/mbpp.jsonl.gz"),
+            domain="code",
+            verifier="code",
+            shape=coding.mbpp,
+            mark="split",
+            whole="prompt+test+validation+train",
+        ),
+        LiveCodeBench(
+            "livecodebench",
+            "livecodebench/code_generation_lite",
+            {"test": "test"},
+            {"test": "livecodebench/v1_public_tests.jsonl.gz"},
+            domain="code",
+            verifier="code",
+            shape=coding.livecodebench,
+        ),
     )
 }
 
@@ -242,6 +407,19 @@ def load(
     return [loaded[which][place] for _, which, place in mixed[:n]]
 
 
+def every(name: str) -> list[Problem]:
+    """All rows of the file that a set's test problems are in, whatever their split, under the data's own ids."""
+    found = find(name)
+    if not isinstance(found, TableSet):
+        return found.load("test")
+    if not found.hub:
+        return found.every()
+    key = json.dumps([name, "every", os.environ.get("RETORT_DATA")])
+    if key not in _kept:
+        _kept[key] = found.every()
+    return list(_kept[key])
+
+
 def _parts(source: Source | Sequence[Source]) -> list[tuple[str, dict[str, Any]]]:
     """The sets of a mixture, by name, with their options."""
     if isinstance(source, str):
@@ -260,24 +438,24 @@ def _load(name: str, split: Split, options: Mapping[str, Any]) -> list[Problem]:
     given = {key: value for key, value in options.items() if key not in describing}
     if own:
         return found.load(split, **given)
-    key = json.dumps([name, split, given, os.environ.get("RETORT_DATA")], sort_keys=True)
+    key = json.dumps(
+        [name, split, given, os.environ.get("RETORT_DATA")], sort_keys=True, default=str
+    )
     if key not in _kept:
         _kept[key] = found.load(split, **given)
     return list(_kept[key])
 
 
-_kept: dict[str, list[Problem]] = {}  # generated problems cost seconds
+_kept: dict[str, list[Problem]] = {}  # generated problems and large files cost seconds
 
 
 def _table(table: TableSet, split: Split) -> list[Problem]:
     """All rows of a split as problems."""
-    folder = os.environ.get("RETORT_DATA")
     if not table.hub:
-        return _problems(table, _lines(Path(table.files[split])))
-    key = (table.name, split, folder)
+        return _problems(table, table.rows(split))
+    key = (table.name, split, os.environ.get("RETORT_DATA"))
     if key not in _loaded:
-        rows = _lines(Path(folder, table.files[split])) if folder else _hub_rows(table, split)
-        _loaded[key] = _problems(table, rows)
+        _loaded[key] = _problems(table, table.rows(split))
     return _loaded[key]
 
 
@@ -308,27 +486,44 @@ def _lines(path: Path) -> Iterator[tuple[str, Row]]:
         raise ValueError(f"{path}: cannot be read: {reason}") from None
 
 
-def _hub_rows(table: TableSet, split: Split) -> Iterator[tuple[str, Row]]:
-    """The rows of a dataset on the Hub, each with its place."""
+def _hub_rows(table: TableSet, split: str, file: str) -> Iterator[tuple[str, Row]]:
+    """The rows of a dataset on the Hub, each with its place; `file` would have them under RETORT_DATA."""
     import datasets
 
     name, _, configuration = table.hub.partition(":")
-    try:
-        rows = datasets.load_dataset(name, configuration or None, split=table.splits[split])
-    except Exception as error:  # whatever the Hub, the network or the cache may raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"problem set {table.name!r}: {name} cannot be loaded from the Hub: {reason} "
-            f"(or set RETORT_DATA=DIR to read DIR/{table.files[split]})"
-        ) from None
+    with _from_hub(table, name, file):
+        rows = datasets.load_dataset(name, configuration or None, split=split)
     for number, row in enumerate(rows, 1):
         yield f"{name}:{number}", row
+
+
+def _hub_file(table: TableSet, name: str) -> Path:
+    """A data file of a dataset on the Hub."""
+    from huggingface_hub import hf_hub_download
+
+    with _from_hub(table, f"{table.hub}/{name}", table.files["test"]):
+        return Path(hf_hub_download(table.hub, name, repo_type="dataset"))
+
+
+@contextmanager
+def _from_hub(table: TableSet, what: str, file: str) -> Iterator[None]:
+    """One line for whatever the Hub, the network or the cache may raise."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"problem set {table.name!r}: {what} cannot be loaded from the Hub: {reason} "
+            f"(or set RETORT_DATA=DIR to read DIR/{file})"
+        ) from None
 
 
 def _problems(table: TableSet, rows: Iterable[tuple[str, Row]]) -> list[Problem]:
     """Rows as problems; an id is the row's own, else its number from 0, behind the set's name."""
     problems: dict[str, Problem] = {}
     for number, (place, row) in enumerate(rows):
+        if table.shape is not None:
+            row = _shaped(table.shape, row, place)
         own = {name: _field(table, name, row, place) for name in FIELDS}
         if not isinstance(own["prompt"], str):
             raise ValueError(f"{place}: the problem's text is no string: {own['prompt']!r}")
@@ -346,8 +541,20 @@ def _problems(table: TableSet, rows: Iterable[tuple[str, Row]]) -> list[Problem]
             solution=solution,
             source=table.name,
             verifier=table.verifier,
+            entry=_text(own["entry"]),
+            subject=_text(own["subject"]),
         )
     return list(problems.values())
+
+
+def _shaped(shape: Callable[[Row], Any], row: Row, place: str) -> Any:
+    """What is made of a row; an error names the row's place."""
+    try:
+        return shape(row)
+    except KeyError as error:
+        raise ValueError(f"{place}: no field {error}; the row has {', '.join(row)}") from None
+    except (ValueError, TypeError, SyntaxError, RecursionError) as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _field(table: TableSet, name: str, row: Row, place: str) -> Any:
@@ -397,7 +604,7 @@ def template(problem: Problem) -> str:
     """The name of the problem's prompt template: problems that say all themselves are bare."""
     if problem.verifier == "exact" or problem.source.startswith("micro_"):
         return "bare"
-    return problem.domain
+    return "stub" if stub(problem) else problem.domain
 
 
 def render(problem: Problem, hint: str | None = None) -> str:
@@ -415,6 +622,11 @@ def render(problem: Problem, hint: str | None = None) -> str:
 def normalise(text: str) -> str:
     """Lower case, and one space between words."""
     return " ".join(text.lower().split())
+
+
+def compact(text: str) -> str:
+    """Lower case without any space: copies differ in the spaces around mathematics, and 17 of 321 would be missed for them."""
+    return "".join(text.lower().split())
 
 
 def ngrams(text: str) -> set[str]:
@@ -468,7 +680,7 @@ class _Index:
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         texts = [normalise(problem.prompt) for problem in problems]
-        self.texts = set(texts)
+        self.texts = {compact(text) for text in texts}
         self.places: dict[str, list[int]] = {}
         for place, text in enumerate(texts):
             for gram in ngrams(text):
@@ -476,7 +688,7 @@ class _Index:
 
     def overlap(self, text: str, grams: set[str]) -> float:
         """2 for an exact match, else the largest share of the 8-grams that one test problem has."""
-        if text in self.texts:
+        if compact(text) in self.texts:
             return 2.0
         shared = Counter(place for gram in grams for place in self.places.get(gram, ()))
         return max(shared.values()) / len(grams) if shared else 0.0

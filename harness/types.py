@@ -19,6 +19,7 @@ Split = Literal["train", "dev", "test"]
 # logits: hidden states and head, for divergences; reward: how likely the last step of a response is right
 Capability = Literal["generate", "score", "logits", "reward"]
 Status = Literal["ok", "wrong", "unparsed", "timeout", "error"]
+Second = Literal["ok", "wrong"]  # what the second extractor says of a mathematical answer
 # From the losses of tokens to that of a problem, as papers name it; and what a Stage calls it.
 Reduction = Literal["seq_mean", "token_mean", "sum"]
 MEAN: Mapping[str, Literal["token", "sequence", "sum"]] = {
@@ -41,6 +42,8 @@ class Problem:
     solution: str | None = None  # a reference response, where the data has one
     source: str = ""  # name of the problem set
     verifier: str = "math"  # how a completion is read and judged: math, exact (micro answers), code
+    entry: str | None = None  # the function that the tests call, where there is one
+    subject: str | None = None  # such as Algebra, where the data says
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +52,18 @@ class Verdict:
 
     status: Status
     extracted: str | None = None
+    second: Second | None = (
+        None  # reported, never counted; None: it did not look, or found no answer
+    )
 
     @property
     def correct(self) -> bool:
         return self.status == "ok"
+
+    @property
+    def disputed(self) -> bool:
+        """Whether the two extractors disagree."""
+        return self.second is not None and self.correct != (self.second == "ok")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,11 @@ class Request:
     prompt: str  # the user turn, before the chat template
     problem: Problem  # the problem it serves
     prefix: Ids = ()  # response tokens that stand already
+    raw: bool = False  # the prompt is text to continue, without a chat template
+
+    def encoded(self, model: LanguageModel) -> Ids:
+        """The prompt as a model reads it."""
+        return model.raw(self.prompt) if self.raw else model.encode(self.prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +249,7 @@ class LanguageModel(Protocol):
     def encode(
         self, prompt: str, system: str | None = None
     ) -> Ids: ...  # a user turn through the chat template, ready for a response
+    def raw(self, text: str) -> Ids: ...  # text to continue, no template around it
     def tokenize(self, text: str, *, end: bool = True) -> Ids: ...  # a response; with EOS if `end`
     def decode(self, ids: Sequence[int]) -> str: ...  # special tokens dropped
     def generate(

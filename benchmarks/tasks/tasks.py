@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from harness.fewshot import prompt as few_shot
 from harness.problems import load, render
 from harness.types import Problem, Split
 from harness.verifiers import recall
@@ -29,6 +30,11 @@ def documents(
 
 def prompt(document: Document) -> str:
     return render(Problem(**document))
+
+
+def continuation(document: Document) -> str:
+    """For base models: solved examples, then the problem. The task says `raw`, so that no chat template is applied."""
+    return few_shot(Problem(**document))
 
 
 def target(document: Document) -> str:

@@ -17,6 +17,7 @@ class Codec(Protocol):
     @property
     def vocabulary_digest(self) -> str: ...
     def encode(self, prompt: str, system: str | None = None) -> Ids: ...
+    def raw(self, text: str) -> Ids: ...
     def tokenize(self, text: str, *, end: bool = True) -> Ids: ...
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -31,6 +32,9 @@ class Bytes:
     def encode(self, prompt: str, system: str | None = None) -> Ids:
         first = () if system is None else (self.USER, *system.encode(), self.END)
         return (*first, self.USER, *prompt.encode(), self.END, self.ASSISTANT)
+
+    def raw(self, text: str) -> Ids:
+        return tuple(text.encode())
 
     def tokenize(self, text: str, *, end: bool = True) -> Ids:
         return (*text.encode(), self.END) if end else tuple(text.encode())

@@ -52,7 +52,7 @@ class Writer:
 
     def __init__(self, lm: HFModel, block: Block, progress: Progress) -> None:
         self.lm, self.block, self.sampling, self.progress = lm, block, block.sampling, progress
-        self.prompts = [lm.encode(request.prompt) for request in block.requests]
+        self.prompts = [request.encoded(lm) for request in block.requests]
         owners = [row for row in range(len(block.requests)) for _ in block.samples]
         limits = [self._limit(row) for row in range(len(block.requests))]
         shape = len(owners), max(limits)

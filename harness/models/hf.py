@@ -144,6 +144,10 @@ class HFModel:
             self._encoded[prompt, system] = known
         return known
 
+    def raw(self, text: str) -> Ids:
+        """Text to continue, behind the token with which the tokenizer begins a text, if it has one."""
+        return tuple(self.tokenizer(text)["input_ids"])
+
     def tokenize(self, text: str, *, end: bool = True) -> Ids:
         """A response's tokens, no template around them; with the end-of-turn token unless it stands there."""
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -180,7 +184,7 @@ class HFModel:
         """
         groups: dict[int, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
-            groups[padded(len(self.encode(request.prompt)) + len(request.prefix))].append(place)
+            groups[padded(len(request.encoded(self)) + len(request.prefix))].append(place)
         blocks = []
         for width, members in sorted(groups.items()):
             rows = self._block_rows(width + sampling.max_new_tokens)

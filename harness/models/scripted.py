@@ -57,6 +57,9 @@ class Scripted:
     def encode(self, prompt: str, system: str | None = None) -> Ids:
         return self.codec.encode(prompt, system)
 
+    def raw(self, text: str) -> Ids:
+        return self.codec.raw(text)
+
     def tokenize(self, text: str, *, end: bool = True) -> Ids:
         return self.codec.tokenize(text, end=end)
 

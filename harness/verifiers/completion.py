@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
+from functools import lru_cache
 
-from harness.types import Trace
+from harness import coding
+from harness.types import Problem, Trace
 
 OPEN, CLOSE = "<think>", "</think>"
 
+_PROGRAM = re.compile(r"from [\w.]+ import |import \w|def \w+\(|async def |@\w")
+_INDENTED = re.compile(r"(?:[ \t]*\n)*[ \t]+\S")
+_FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\n`]*)$", re.MULTILINE)
-_SPACE = r"(?:\s|\$|~|\\[ ,;:!]|\\q?quad\b|\\[()\[\]])*"  # what may stand around a joint, mathematics included
+# What may stand around a joint, mathematics included; possessive, or a page of blanks would take minutes.
+_SPACE = r"(?:\s|\$|~|\\[ ,;:!]|\\q?quad\b|\\[()\[\]])*+"
 _AND = r"(?:and\b|\\text\s*\{\s*and\s*\}|\\(?:mbox|textrm)\s*\{\s*and\s*\})"
 _JOINT = re.compile(rf"{_SPACE}(?:,{_SPACE}(?:{_AND})?|{_AND}){_SPACE}")
 
@@ -49,6 +56,55 @@ def fenced(text: str, *, finished: bool = True) -> str | None:
             last = textwrap.dedent(text[opening.end() + 1 : fence.start()])
             opening = None
     return None if opening is not None and not finished else last
+
+
+def program(problem: Problem, text: str, *, finished: bool = True) -> str | None:
+    """The whole program that a response gives; None if it gives none.
+
+    Where the prompt is a function to complete, a program that defines it gets the prompt's imports and helpers in front, and
+    anything else is its body, which may also come without a fence. LiveCodeBench's programs get its usual imports.
+    """
+    found = fenced(text, finished=finished)
+    if not stub(problem):
+        if found is None or not found.strip():
+            return None
+        # Cases in JSON are LiveCodeBench's, whose programs are run behind these imports everywhere.
+        return _behind(coding.IMPORTS if (problem.tests or "").startswith("{") else "", found)
+    name = re.escape(problem.entry or "")
+    whole = re.compile(rf"^(?:async +def|def|class) +{name}\b|^{name} *=", re.MULTILINE)
+    if found is None and not _FENCE.search(text):
+        found = text.strip("\n")
+        if not (_INDENTED.match(found) or (_PROGRAM.match(found) and whole.search(found))):
+            return None
+    if found is None or not found.strip():
+        return None
+    if whole.search(found):
+        return _behind(coding.preface(problem.prompt, problem.entry or ""), found)
+    # Text is not parsed here: a compiler can be made to hang or crash, and judging is the sandbox's part.
+    body = found if _INDENTED.match(found) else textwrap.indent(found, "    ")
+    return f"{problem.prompt.rstrip()}\n{body}"
+
+
+def stub(problem: Problem) -> bool:
+    """Whether the prompt is Python that ends in the function to complete, as HumanEval's are."""
+    return problem.entry is not None and _ends_in(problem.prompt, problem.entry)
+
+
+@lru_cache(maxsize=4096)
+def _ends_in(prompt: str, entry: str) -> bool:
+    try:
+        last = ast.parse(prompt.rstrip() + "\n    pass\n").body[-1]
+    except (SyntaxError, ValueError):
+        return False
+    return isinstance(last, ast.FunctionDef) and last.name == entry
+
+
+def _behind(head: str, program: str) -> str:
+    """A program behind a head, but for its `from __future__` lines, which must come first."""
+    if not head.strip():
+        return program
+    future = "".join(_FUTURE.findall(program))
+    return f"{future}{head.rstrip()}\n\n{_FUTURE.sub('', program)}"
 
 
 def rejection(trace: Trace, template_opens: bool = False) -> str | None:

@@ -46,7 +46,7 @@ def test_short_forms_and_overrides(suite: Path) -> None:
         ("benchmarks.micro_math.limt=5", ["benchmarks.micro_math.limt", "did you mean 'limit'"]),
         ("seeds=none", ["'seeds'", "integer", "'none'"]),
         ("budget.trained_tokens=5", ["exactly one of", "steps"]),
-        ("benchmarks.micro_math.n=4", ["greedy", "temperature"]),
+        ("benchmarks.micro_math={n: 4, temperature: 0}", ["greedy", "temperature"]),
         ("benchmarks.micro_math.bands={top: []}", ["bands.top", "some of the levels"]),
         (
             "benchmarks.micro_math={levels: [1, 2], bands: {top: [2, 3]}}",

@@ -50,7 +50,10 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write(tmp_path / "math_train/train.jsonl.gz", rows)
     write(
         tmp_path / "math_test/test.jsonl.gz",
-        [{**row, "answer": str(i)} for i, row in enumerate(rows)],
+        [
+            {**row, "answer": str(i), "type": "Algebra" if i % 4 else "Geometry"}
+            for i, row in enumerate(rows)
+        ],
     )
     write(
         tmp_path / "math500/test.jsonl.gz",
@@ -110,6 +113,19 @@ def test_levels_and_n(data: Path) -> None:
     assert problems.load({"math": {"levels": [5], "n": 2}}, "test") == fives[:2]
     with pytest.raises(ValueError, match=r"no problem of levels \[9\]"):
         problems.load("math", "test", levels=[9])
+
+
+def test_subjects(data: Path) -> None:
+    geometry = problems.load("math", "test", subjects=["Geometry"])
+    assert {p.subject for p in geometry} == {"Geometry"} and len(geometry) == 15
+    both = problems.load("math", "test", levels=[5], subjects=["Geometry"])
+    assert both == [p for p in geometry if p.level == 5] and both
+    with pytest.raises(
+        ValueError, match=r"math has no subject 'Geometri': did you mean 'Geometry'"
+    ):
+        problems.load("math", "test", subjects=["Geometri"])
+    with pytest.raises(ValueError, match=r"no problem of levels \[9\] of subjects Geometry"):
+        problems.load("math", "test", levels=[9], subjects=["Geometry"])
 
 
 def test_what_a_set_lacks_is_said(data: Path) -> None:
@@ -307,6 +323,10 @@ def test_short_texts_match_only_exactly() -> None:
     assert gate("a b c d e f g h", "x a b c d e f g h y", rule="any")[0]  # 8 words are one 8-gram
 
 
+def test_spaces_do_not_hide_a_copy() -> None:
+    assert gate("What is $2+2$ ?", "what is $2 + 2$?")[1]["exact"] == 1
+
+
 def test_an_unknown_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="did you mean 'half'"):
         problems.decontaminate([], {}, "halve")  # type: ignore[arg-type]
@@ -332,15 +352,51 @@ if DATA:
 
     @pytest.mark.parametrize(
         ("name", "train", "test"),
-        [("gsm8k", 7473, 1319), ("math", 7500, 5000), ("math500", 0, 500), ("aime24", 0, 30), ("aime25", 0, 30), ("amc23", 0, 40)],
+        [
+            ("gsm8k", 7473, 1319), ("math", 7500, 5000), ("math500", 0, 500), ("aime24", 0, 30), ("aime25", 0, 30), ("amc23", 0, 40),
+            ("humaneval", 0, 164), ("mbpp", 374 + 90, 500), ("livecodebench", 0, 400),
+        ],
     )  # fmt: skip
     def test_real_data_sizes(name: str, train: int, test: int) -> None:
         assert len(problems.load(name, "test")) == test
         if train:
             assert sum(len(problems.load(name, split)) for split in ("train", "dev")) == train  # type: ignore[arg-type]
 
+    def test_real_data_subjects_of_math() -> None:
+        found = problems.load("math", "test")
+        assert len({p.subject for p in found}) == 7
+        geometry = problems.load("math", "test", subjects=["Geometry"])
+        assert len(geometry) == sum(p.subject == "Geometry" for p in found) > 400
+
     def test_real_data_contamination_of_math() -> None:
         train = problems.load("math", "train") + problems.load("math", "dev")
         kept, report = problems.decontaminate(train, {"math": problems.load("math", "test")})
         assert 0.26 < report["any"] / len(train) < 0.28  # the figure that made "half" the rule
         assert len(train) - len(kept) == report["half"] < 0.05 * len(train)
+
+    def test_real_data_copies_that_the_sources_count() -> None:
+        """SOURCES.md counts exact copies after removing white space; lower case and single spaces would miss some."""
+        train = problems.load("math", "train") + problems.load("math", "dev")
+        tests = {
+            "test": problems.load("math", "test"),
+            "train": train,
+            "math500": problems.load("math500", "test"),
+        }
+
+        def copies(file: str) -> dict[str, int]:
+            rows = problems.every(str(Path(str(DATA), file)))
+            counts = problems.decontaminate(rows, tests)[1]["benchmarks"]
+            return {name: count["exact"] for name, count in counts.items()}
+
+        assert copies("aime_1983_2023/train.jsonl.gz") == {"test": 21, "train": 300, "math500": 4}
+        of_s1k = copies("s1k_problems/train.jsonl.gz")
+        assert (of_s1k["test"], of_s1k["math500"]) == (36, 3)
+
+    @pytest.mark.parametrize(
+        ("name", "rows"),
+        [("gsm8k", 1319), ("math", 5000), ("aime25", 30), ("humaneval", 164), ("mbpp", 974), ("livecodebench", 400)],
+    )  # fmt: skip
+    def test_real_data_every_row(name: str, rows: int) -> None:
+        every = {p.id: p for p in problems.every(name)}
+        assert len(every) == rows
+        assert all(every[p.id] == p for p in problems.load(name, "test"))
