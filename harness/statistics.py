@@ -25,6 +25,8 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special
 
+from harness.verifiers.second import normalise
+
 Array = NDArray[np.float64]
 VerdictName = Literal["better", "worse", "cannot tell"]
 Row = dict[str, Any]
@@ -59,7 +61,8 @@ def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int | No
     """Chance that the majority of k of these samples is right: exact, over all subsets of size k.
 
     Right samples vote together, as they are all equivalent to the truth; wrong ones by their text; None does not vote.
-    A tie counts as the chance of drawing the right answer among the tied ones. k defaults to all samples.
+    A tie goes to the answer seen first: over all orders of the samples, each of the tied ones in the same share of them.
+    k defaults to all samples.
     """
     n = len(answers)
     if n != len(correct):
@@ -171,7 +174,7 @@ def from_records(
 def _rows(records: pa.Table | Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
     if not isinstance(records, pa.Table):
         return records
-    wanted = "benchmark method seed data_seed problem sample correct status truncated extracted"
+    wanted = "benchmark method seed data_seed problem sample correct status truncated extracted second domain"
     rows: list[Row] = records.select(
         [name for name in wanted.split() if name in records.column_names]
     ).to_pylist()
@@ -214,26 +217,40 @@ def _aligned(
 
 
 def _counts(run: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> Row:
-    """What stands beside a cell's accuracy: how many samples were cut or unreadable, and maj@n."""
+    """What stands beside a cell's accuracy: how many samples were cut, unreadable or disputed, and maj@k.
+
+    Programs hold no vote: no two of them are alike, and equal ones need not look so.
+    """
     rows = [row for samples in run.values() for row in samples.values()]
     statuses = Counter(row.get("status") for row in rows)
     counts: Row = {
         "truncated": sum(bool(row.get("truncated")) for row in rows),
         **{status: statuses[status] for status in ("unparsed", "timeout", "error")},
     }
-    if any(len(samples) > 1 for samples in run.values()):
-        counts["maj_at_n"] = float(
-            np.mean(
+    said = [row for row in rows if row.get("second")]
+    if said:
+        counts["disputed"] = sum(bool(r["correct"]) != (r["second"] == "ok") for r in said)
+    n = min(map(len, run.values()))
+    if n > 1 and not any(row.get("domain") == "code" for row in rows):
+        votes = [
+            (
                 [
-                    maj_at_k(
-                        [row.get("extracted") for row in samples.values()],
-                        [bool(row["correct"]) for row in samples.values()],
-                    )
-                    for samples in run.values()
-                ]
+                    vote and normalise(vote)
+                    for vote in (r.get("extracted") for r in samples.values())
+                ],
+                [bool(row["correct"]) for row in samples.values()],
             )
-        )
+            for samples in run.values()
+        ]
+        counts["maj_at_k"] = {
+            str(k): float(np.mean([maj_at_k(*vote, k) for vote in votes])) for k in sizes(n)
+        }
     return counts
+
+
+def sizes(n: int) -> list[int]:
+    """The k that pass@k and maj@k are given for: 1, 2, 4, …, and n."""
+    return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
 
 
 # --- variance components and the paired comparison ---------------------------------------------
@@ -497,7 +514,7 @@ def _scores(y: Array) -> Row:
         counts = Counter(y.sum(2).round().astype(int).ravel().tolist())
         row["pass_at_k"] = {
             str(k): sum(m * pass_at_k(n, c, k) for c, m in counts.items()) / (y.size // n)
-            for k in sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
+            for k in sizes(n)
         }
     return row
 
@@ -528,7 +545,10 @@ def _arm(outcomes: Outcomes, name: str, seeds: SeedVariance) -> Row:
         "ci95": interval(y, seeds),
         "seed_sd": float(y.mean((1, 2)).std(ddof=1)) if len(y) > 1 else None,
     }
-    for count in ("truncated", "unparsed", "timeout", "error"):
+    if all("maj_at_k" in cell for cell in outcomes.cells[name]):
+        majorities = [cell["maj_at_k"] for cell in outcomes.cells[name]]
+        row["maj_at_k"] = {k: float(np.mean([m[k] for m in majorities])) for k in majorities[0]}
+    for count in ("truncated", "unparsed", "timeout", "error", "disputed"):
         values = [cell[count] for cell in outcomes.cells[name] if count in cell]
         if values:
             row[count] = sum(values)

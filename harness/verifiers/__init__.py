@@ -17,14 +17,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
 
-from harness.types import LanguageModel, Problem, Verdict
-from harness.verifiers import code, completion, math, workers
+from harness.types import LanguageModel, Problem, Second, Verdict
+from harness.verifiers import code, completion, math, sandbox, second, workers
 from harness.verifiers.completion import rejection
 
 __all__ = ["graded", "opens_think", "recall", "rejection", "verify", "verify_many", "versions"]
 
-READING = "1"  # raised when the rules of reading change
+READING = "2"  # raised when the rules of reading, or what we add to math-verify's judgement, change
 CODE_GRACE = 8.0  # seconds beyond a program's own limit, to clean up after it
 JOBS_A_WORKER = 32  # fewer are not worth another worker's start
 
@@ -38,8 +40,7 @@ _graded: ContextVar[Mapping[Key, Verdict]] = ContextVar(
 
 def verify(problem: Problem, text: str, finished: bool = True, *, opened: bool = False) -> Verdict:
     """The verdict on one response; `opened`: the chat template has opened a think already."""
-    extracted = _read(problem, text, finished, opened)
-    return Verdict("unparsed") if extracted is None else _judge(problem, extracted)
+    return verify_many([(problem, text, finished)], opened=opened)[0]
 
 
 def verify_many(
@@ -48,15 +49,17 @@ def verify_many(
     """The verdicts on many (problem, text[, finished]), in their order; equal answers to one problem are judged once."""
     reads = [_read(item[0], item[1], item[2] if len(item) > 2 else True, opened) for item in items]
     jobs: dict[tuple[Problem, str], Verdict] = {}
-    for item, extracted in zip(items, reads, strict=True):
+    for item, (extracted, _) in zip(items, reads, strict=True):
         if extracted is not None:
             jobs[item[0], extracted] = Verdict("error")
     useful = -(-sum(problem.verifier != "exact" for problem, _ in jobs) // JOBS_A_WORKER)
     with ThreadPoolExecutor(max(1, min(workers or os.cpu_count() or 1, useful))) as executor:
         jobs.update(zip(jobs, executor.map(lambda job: _judge(*job), jobs), strict=True))
     return [
-        Verdict("unparsed") if extracted is None else jobs[item[0], extracted]
-        for item, extracted in zip(items, reads, strict=True)
+        Verdict("unparsed", None, said)
+        if extracted is None
+        else replace(jobs[item[0], extracted], second=said)
+        for item, (extracted, said) in zip(items, reads, strict=True)
     ]
 
 
@@ -65,9 +68,12 @@ def versions() -> dict[str, str]:
     packages = ("math-verify", "latex2sympy2_extended", "sympy")
     return {
         "reading": READING,
+        "second": second.VERSION,
         **{name: importlib.metadata.version(name) for name in packages},
         "math.seconds": str(math.SECONDS),
+        "math.memory": str(math.MEMORY),
         "python": ".".join(map(str, sys.version_info[:2])),
+        "sandbox": sandbox.VERSION,
         **{f"code.{name}": str(value) for name, value in code.LIMITS.items()},
     }
 
@@ -97,11 +103,17 @@ def recall(problem: Problem, texts: Sequence[str]) -> list[Verdict]:
     return verify_many([(problem, text) for text in texts])
 
 
-def _read(problem: Problem, text: str, finished: bool, opened: bool) -> str | None:
-    """The answer that a response gives, or None."""
+def _read(
+    problem: Problem, text: str, finished: bool, opened: bool
+) -> tuple[str | None, Second | None]:
+    """The answer that a response gives, or None; and what the second extractor says of the response."""
     tail = completion.response(text, opened=opened)
     if tail is None:
-        return None
+        return None, None
+    return _answer(problem, tail, finished), second.judge(problem, tail)
+
+
+def _answer(problem: Problem, tail: str, finished: bool) -> str | None:
     if problem.verifier == "exact":
         # All that follows the think is the answer, so a response that was cut has not given it.
         answer = tail.strip()
@@ -109,8 +121,7 @@ def _read(problem: Problem, text: str, finished: bool, opened: bool) -> str | No
     if problem.verifier == "math":
         return ", ".join(completion.boxed(tail)).strip() or None
     if problem.verifier == "code":
-        program = completion.fenced(tail, finished=finished)
-        return program if program and program.strip() else None
+        return completion.program(problem, tail, finished=finished)
     raise ValueError(
         f"problem {problem.id!r}: unknown verifier {problem.verifier!r}; known: code, exact, math"
     )
@@ -121,17 +132,38 @@ def _judge(problem: Problem, extracted: str) -> Verdict:
     if problem.verifier == "exact":
         return _exact(problem, extracted)
     if problem.verifier == "math":
-        gold = (problem.answer or "").strip()
-        return (
-            _ask("math", [gold, extracted], math.SECONDS, extracted)
-            if gold
-            else Verdict("error", extracted)
-        )
+        verdict = Verdict("error", extracted)
+        for gold in _golds(problem):
+            verdict = _ask("math", [gold, extracted], math.SECONDS, extracted)
+            if verdict.correct:
+                break
+        return verdict
     if not problem.tests:
         return Verdict("error", extracted)
-    return _ask(
-        "code", code.job(problem, extracted), code.LIMITS["seconds"] + CODE_GRACE, extracted
-    )
+    return _run(problem, extracted)
+
+
+def _run(problem: Problem, program: str) -> Verdict:
+    """The verdict of a problem's tests on a program."""
+    kind = sandbox.kind(problem.source)
+    job, seconds = code.job(problem, program), code.patience(problem) + CODE_GRACE
+    status = _status(kind, job, seconds)
+    if status == "share":  # the tests hand over what cannot cross between processes
+        status = _status(kind, {**job, "share": True}, seconds)
+    return Verdict(status, program)
+
+
+def _golds(problem: Problem) -> Iterator[str]:
+    r"""The right answers: the one given, and where that is only the last of several boxes of the solution, all of them.
+
+    Of "the solutions are \boxed{-2} and \boxed{1}" data sets keep the 1, but a response that says the same gives both.
+    """
+    gold = (problem.answer or "").strip()
+    if gold:
+        yield gold
+        boxes = completion.boxed(problem.solution or "")
+        if len(boxes) > 1 and boxes[-1] == gold:
+            yield ", ".join(boxes)
 
 
 def _exact(problem: Problem, extracted: str) -> Verdict:
@@ -143,9 +175,14 @@ def _exact(problem: Problem, extracted: str) -> Verdict:
 
 
 def _ask(kind: str, job: object, seconds: float, extracted: str) -> Verdict:
+    return Verdict(_status(kind, job, seconds), extracted)
+
+
+def _status(kind: str, job: object, seconds: float) -> Any:
+    """What a worker says."""
     try:
-        return Verdict(workers.POOLS[kind].ask(job, seconds), extracted)
+        return workers.POOLS[kind].ask(job, seconds)
     except workers.Late:
-        return Verdict("timeout", extracted)
+        return "timeout"
     except (EOFError, BrokenPipeError):  # the worker was killed, by its memory limit for one
-        return Verdict("error", extracted)
+        return "error"

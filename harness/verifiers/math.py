@@ -7,6 +7,7 @@ limits are off, and `serve`, the other end of harness.verifiers.workers, is kill
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import resource
@@ -19,6 +20,8 @@ from harness.types import Status
 SECONDS = 10.0  # for one answer
 ALARM = 60  # seconds after which a worker ends itself, were nobody to do it
 MEMORY = 4 << 30  # bytes of address space
+SMALL = 1e-3
+RELATIVE = 1e-3
 
 
 def judge(gold: str, answer: str) -> Status:
@@ -28,7 +31,26 @@ def judge(gold: str, answer: str) -> Status:
     expected = parsed(gold)
     if not expected:
         return "error"
-    return "ok" if math_verify.verify(expected, parsed(answer), timeout_seconds=0) else "wrong"
+    for one, other in itertools.product(expected, parsed(answer)):
+        if math_verify.verify(one, other, timeout_seconds=0) and not apart(one, other):
+            return "ok"
+    return "wrong"
+
+
+def apart(one: Any, other: Any) -> bool:
+    """Whether two small numbers differ by more than a thousandth of themselves.
+
+    math-verify compares numbers to six decimals, or to a difference that it takes for zero: to it 1/2004! is 2/2004!, and any
+    small number 0. Six decimals of a number above SMALL say more than this does, so larger ones are left to it.
+    """
+    import sympy
+
+    if not all(isinstance(x, sympy.Expr) and x.is_number for x in (one, other)):
+        return False
+    largest = max(abs(x.doit().evalf()) for x in (one, other))
+    if not largest < SMALL:
+        return False
+    return bool(abs((one - other).doit().evalf()) > RELATIVE * largest)
 
 
 @functools.lru_cache(maxsize=64)

@@ -284,10 +284,43 @@ def test_cells_count_what_was_cut_or_unreadable():
     assert (cells["sft", 0]["n_problems"], cells["sft", 0]["n_samples"]) == (2, 2)
     assert (cells["sft", 0]["truncated"], cells["sft", 0]["unparsed"]) == (2, 1)
     assert cells["sft", 0]["pass_at_k"] == {"1": 0.75, "2": 1.0}
-    assert cells["sft", 0]["maj_at_n"] == 1.0
+    assert cells["sft", 0]["maj_at_k"] == {"1": 0.75, "2": 1.0}
     arms = {row["method"]: row for row in summary.arms}
     assert arms["sft"]["unparsed"] == 3
     assert arms["sft"]["seed_sd"] == pytest.approx(0.25 / math.sqrt(2))
+
+
+def test_majorities_and_disputes_of_records():
+    def row(sample, extracted, correct, second, domain="math", method="sft"):
+        return {
+            "benchmark": "b", "method": method, "seed": 0, "problem": "p", "sample": sample,
+            "correct": correct, "extracted": extracted, "second": second, "domain": domain,
+        }  # fmt: skip
+
+    rows = [  # two spellings of one wrong answer outvote the right one
+        row(0, r"\frac{1}{2}", False, "wrong"),
+        row(1, r"\dfrac12", False, "wrong"),
+        row(2, "7.0", True, "wrong"),
+        row(3, None, False, None),
+    ]
+    summary = st.summarise_records(rows, None)
+    (cell,) = summary.cells
+    # of two samples: the right one wins against none, ties with a wrong one
+    assert cell["maj_at_k"] == pytest.approx({"1": 0.25, "2": (1 + 0.5 + 0.5) / 6, "4": 0.0})
+    assert cell["disputed"] == summary.arms[0]["disputed"] == 1
+    assert summary.arms[0]["maj_at_k"] == cell["maj_at_k"]
+    assert st.summarise_records(pa.Table.from_pylist(rows), None) == summary
+    (programs,) = st.summarise_records(
+        [{**r, "domain": "code", "second": None} for r in rows], None
+    ).cells
+    assert not {"maj_at_k", "disputed"} & programs.keys() and "pass_at_k" in programs
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"), [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (8, [1, 2, 4, 8])]
+)
+def test_the_k_that_are_reported(n, expected):
+    assert st.sizes(n) == expected
 
 
 def test_missing_problems_and_double_rows_are_refused():
