@@ -76,24 +76,33 @@ def compare(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder, a Hub id, or micro/student.")],
     tasks: Annotated[str, typer.Option(help="Benchmarks, separated by commas.")],
-    n: Annotated[int, typer.Option(min=1, help="Samples a problem.")] = 1,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Samples a problem; default: the task's.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Problems of each benchmark.")] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Default: 0 for n = 1, else 0.6.")
+        float | None,
+        typer.Option(
+            min=0.0, help="Default: the task's, or 0.6 for several samples of a greedy one."
+        ),
     ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Default: the task's.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the task's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
     results: Results = RESULTS,
 ) -> None:
-    """Score one model, trained here or anywhere, on benchmarks."""
+    """Score one model, trained here or anywhere, on benchmarks. Resumes where it was cut; a larger n adds samples."""
     from harness import evaluation, models, problems
     from harness.progress import Display
+    from harness.report.reading import at_k, sampled
 
-    heat = temperature if temperature is not None else (0.0 if n == 1 else 0.6)
+    given = {"n": n, "limit": limit, "temperature": temperature, "top_p": top_p}
     settings = {
-        name.strip(): {"n": n, "limit": limit, "temperature": heat} for name in tasks.split(",")
+        name: evaluation.several(name, {**given, "max_new_tokens": max_new_tokens})
+        for name in _names(tasks) or ()
     }
-    for name in settings:
-        evaluation.check(name)
     loaded = models.load(model, checkpoints=problems.checkpoints())
     with Display(len(settings)) as display:
         rows = evaluation.score(
@@ -102,19 +111,59 @@ def evaluate(
             seed=seed,
             cache=_store(results),
             progress=lambda phase, done, total: display(model, phase, done, total),
+            folder=results,
         )
-    table = Table(
-        "benchmark", "accuracy", "95 % interval", "problems", "n", "truncated", "unparsed"
-    )
+    counts = {"n_problems": "problems", "truncated": "cut", "unparsed": "unparsed"}
+    table = Table("benchmark", "accuracy", "95 % interval", *counts.values(), "disputed", "sampled")
     for row in rows:
         low, high = row["ci95"]
         table.add_row(
             row["benchmark"],
             f"{100 * row['accuracy']:.1f} %",
             f"{100 * low:.1f} to {100 * high:.1f}",
-            *(str(row[k]) for k in ("n_problems", "n_samples", "truncated", "unparsed")),
+            *(str(row[count]) for count in counts),
+            str(row.get("disputed", "–")),
+            sampled(row["decoding"]),
         )
     out.print(table)
+    for row in rows:
+        name = row["benchmark"]
+        if "pass_at_k" in row:
+            said = at_k({"maj_at_k": {}, **row})
+            out.print(f"{name}: {said}", highlight=False, soft_wrap=True)
+        out.print(f"{name}: samples in {row['file']}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    task: Annotated[str, typer.Argument(help="One of our tasks: retort benchmarks lists them.")],
+    file: Annotated[
+        Path, typer.Argument(help='Lines {"id": …, "completion": …}; - reads standard input.')
+    ],
+) -> None:
+    """Judge completions that exist already: a line {"id", "correct", "extracted", "status"} for each, in their order."""
+    from contextlib import nullcontext
+
+    from harness.progress import Display
+    from harness.verify import run
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    stdin = str(file) == "-"
+    with (
+        nullcontext(sys.stdin.buffer) if stdin else file.open("rb") as lines,
+        Display(1) as display,
+    ):
+        tally = run(
+            task,
+            lines,
+            "standard input" if stdin else str(file),
+            write,
+            lambda done, total: display(task, "verdicts", done, total),
+        )
+    print(f"{task}: {tally}", file=sys.stderr)
 
 
 @app.command()

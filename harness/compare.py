@@ -90,6 +90,7 @@ def check(setting: Experiment, labels: Sequence[str]) -> None:
         problems.check(name, **options)
     for name, given in setting.benchmarks.items():
         evaluation.check(name)
+        evaluation.Setting.of(name, given)
         if given.options:
             evaluation.problems_of(name, limit=1, levels=given.levels, options=given.options)
         if given.bands:
@@ -142,10 +143,14 @@ def prepare(setting: Experiment, folder: Path) -> dict[str, Any]:
     """Load the training problems, drop those that overlap a benchmark, and keep the list."""
     path = folder / "problems.jsonl"
     record = folder / "contamination.json"
+    chosen = {
+        name: dict(evaluation.Setting.of(name, given).options)
+        for name, given in setting.benchmarks.items()
+    }
     wanted = {
         "problems": setting.problems,
         "rule": setting.contamination.rule,
-        "benchmarks": sorted(setting.benchmarks),
+        "benchmarks": chosen,
         "sources": {name: _source(name, options) for name, options in setting.problems.items()},
         "micro_version": problems.micro_version(),
         "data": os.environ.get("RETORT_DATA"),
@@ -157,7 +162,11 @@ def prepare(setting: Experiment, folder: Path) -> dict[str, Any]:
     train: list[Problem] = []
     for name, options in setting.problems.items():
         train += problems.load(name, "train", **options)
-    tests = {name: found for name in setting.benchmarks if (found := evaluation.problems_of(name))}
+    tests = {
+        name: found
+        for name, options in chosen.items()
+        if (found := evaluation.problems_of(name, options=options))
+    }
     kept_problems, counts = problems.decontaminate(train, tests, rule=setting.contamination.rule)
     if not kept_problems:
         raise ValueError(f"no training problems are left of {len(train)}: contamination {counts}")

@@ -7,20 +7,23 @@ are kept so that a killed evaluation goes on and a larger n adds to them, and an
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import random
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import date
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from harness import problems, statistics, verifiers
+from harness import fewshot, problems, statistics, verifiers
 from harness.config import nearest
 from harness.lab import sample_group, sample_keys
 from harness.store import Store, short_digest
@@ -30,6 +33,7 @@ Record = dict[str, Any]
 Report = Callable[[str, int, int], None]  # phase, done, total
 
 CHUNK = 64  # requests of a block, for models that do not plan their own
+HEAT = 0.6  # temperature of several samples, where nobody names one
 PAIRS = 512  # (context, continuation) pairs scored at a time
 METRICS = (
     "acc",
@@ -44,10 +48,13 @@ COLUMNS = {
     "correct": "bool",
     "status": "string",
     "extracted": "string",
+    "second": "string",  # what the second extractor says: ok, wrong, or nothing
+    "gold": "string",
     "text": "string",
     "tokens": "int32",
     "truncated": "bool",
     "level": "int32",
+    "subject": "string",
     "domain": "string",
     "sampling_seed": "int64",
 }
@@ -55,7 +62,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How one benchmark is run; None: as its task says."""
+    """How one benchmark is run; what is not given is as its task says."""
 
     n: int = 1  # samples a problem
     limit: int | None = None  # problems; None: all
@@ -69,7 +76,7 @@ class Setting:
 
     @classmethod
     def of(cls, name: str, given: Any) -> Setting:
-        """From a mapping or a config object, whose fields these are."""
+        """From a mapping or a config object, whose fields these are; the task fills in how its problems are sampled."""
         values = {key: value for key, value in dict(given).items() if value is not None}
         values.pop("bands", None)  # of the report
         allowed = {each.name for each in fields(cls)}
@@ -80,7 +87,15 @@ class Setting:
             values["levels"] = tuple(values["levels"])
         if "levels" in values.get("options", {}):
             raise ValueError(f"benchmarks.{name}.options: levels is a key of its own beside them")
-        setting = cls(**values)
+        if "options" in values:  # YAML reads a date as one; the protocol and the task want text
+            values["options"] = {
+                key: value.isoformat() if isinstance(value, date) else value
+                for key, value in values["options"].items()
+            }
+        usual = _usual(name)
+        if values.get("temperature") == 0:
+            usual.pop("n", None)  # greedy samples are equal, so one is meant
+        setting = cls(**{**usual, **values})
         if setting.n > 1 and setting.temperature == 0:
             raise ValueError(
                 f"benchmarks.{name}: n = {setting.n} greedy samples are equal: give a temperature above 0"
@@ -196,6 +211,16 @@ def check(name: str) -> None:
     raise ValueError(f"unknown benchmark {name!r}: {hint}{known}")
 
 
+def several(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given for a benchmark, None left out; several samples of a task that is greedy are drawn at 0.6."""
+    check(name)
+    found = {key: value for key, value in given.items() if value is not None}
+    usual = own().get(name, {}).get("generation_kwargs", {}).get("temperature", 0.0)
+    if found.get("n", 1) > 1 and usual == 0:
+        found.setdefault("temperature", HEAT)
+    return found
+
+
 def problems_of(name: str, **settings: Any) -> list[Problem]:
     """The problems of one of our benchmarks; none for other people's tasks."""
     if name not in own():
@@ -203,6 +228,22 @@ def problems_of(name: str, **settings: Any) -> list[Problem]:
         return []
     setting = Setting.of(name, settings)
     return problems.load(source_of(name), setting.split, setting.limit, **setting.loading)
+
+
+def is_raw(name: str) -> bool:
+    """Whether a benchmark's prompts are text to continue, for base models: no chat template."""
+    return name in own() and bool(own()[name]["dataset_kwargs"].get("raw"))
+
+
+def _usual(name: str) -> dict[str, Any]:
+    """How one of our tasks samples its problems, as its YAML file says."""
+    task = own().get(name, {})
+    decoding = task.get("generation_kwargs", {})
+    wanted = ("temperature", "top_p", "top_k")
+    return {
+        "n": task.get("repeats", 1),
+        **{key: decoding[key] for key in wanted if key in decoding},
+    }
 
 
 def source_of(name: str) -> str:
@@ -217,15 +258,24 @@ def score(
     seed: int,
     cache: Store,
     progress: Report,
+    folder: Path,
 ) -> list[dict[str, Any]]:
-    """One row a benchmark: accuracy with its 95 % interval over problems, truncated and unparsed."""
+    """One row a benchmark: accuracy with its 95 % interval over problems, what was cut or unreadable, and how it was sampled.
+
+    The samples go to FOLDER/eval/MODEL/BENCHMARK--DIGEST.parquet, the digest one of weights, protocol and seed.
+    """
     found = evaluate(model, benchmarks, seed=seed, cache=cache, progress=progress)
-    return [
-        statistics.summarise_records(
-            [{**r, "method": model.name, "seed": 0, "data_seed": 0} for r in records], None
-        ).cells[0]
-        for records in found.values()
-    ]
+    place = folder / "eval" / re.sub(r"[^\w.-]+", "--", model.name).strip(".-")
+    rows = []
+    for name, records in found.items():
+        said = protocol({name: benchmarks[name]}, model)
+        of = short_digest([model.identity, said["hash"], seed])
+        marked = [{**r, "method": model.name, "seed": 0, "data_seed": 0} for r in records]
+        file = place / f"{name}--{of}.parquet"
+        write_records(file, marked, {"protocol": json.dumps(said), "model": model.identity})
+        (cell,) = statistics.summarise_records(marked, None).cells
+        rows.append({**cell, "file": str(file), "decoding": decoding(said["benchmarks"][name])})
+    return rows
 
 
 def _tasks(name: str, setting: Setting) -> dict[str, Any]:
@@ -316,7 +366,7 @@ def _adapter() -> Any:
     from lm_eval.api.model import LM
 
     class Adapter(LM):
-        """A LanguageModel as an lm-eval model. It gets bare user turns: the model applies its own chat template."""
+        """A LanguageModel as an lm-eval model. It gets bare user turns: the model applies its own chat template, if any."""
 
         def __init__(
             self,
@@ -346,7 +396,14 @@ def _adapter() -> Any:
                 calls[self._sampling(instance, counts[key])].append(key)
             written: dict[int, list[Response]] = {}
             for sampling, keys in calls.items():
-                asked = [Request(instances[k].args[0], self._problem(instances[k])) for k in keys]
+                asked = [
+                    Request(
+                        instances[k].args[0],
+                        self._problem(instances[k]),
+                        raw=is_raw(self.benchmark[instances[k].task_name]),
+                    )
+                    for k in keys
+                ]
                 answers = respond(self.model, asked, sampling, self.store, self.report)
                 written.update(zip(keys, answers, strict=True))
             self._grade([instances[key] for key in instances], [written[key] for key in instances])
@@ -410,12 +467,18 @@ def _adapter() -> Any:
                 else:
                     self.responses[instance.task_name, instance.doc_id] = list(responses)
             self.report("verdicts", 0, len(items))
-            verdicts = verifiers.verify_many(
-                [(problem, response.text, response.finished) for _, _, problem, response in items],
-                opened=bool(items) and verifiers.opens_think(self.model),
-            )
+            verdicts: dict[int, Verdict] = {}
+            for raw in (False, True):
+                mine = {i: item for i, item in enumerate(items) if is_raw(item[0]) == raw}
+                if mine:
+                    judged = verifiers.verify_many(
+                        [(problem, r.text, r.finished) for _, _, problem, r in mine.values()],
+                        opened=not raw and verifiers.opens_think(self.model),
+                    )
+                    verdicts.update(zip(mine, judged, strict=True))
             self.report("verdicts", len(items), len(items))
-            for (name, index, problem, response), verdict in zip(items, verdicts, strict=True):
+            for place, (name, index, problem, response) in enumerate(items):
+                verdict = verdicts[place]
                 self.verdicts[problem.source, problem.id, response.text] = verdict
                 self.records[name].append(
                     _record(name, problem, index, response, verdict, self.seed)
@@ -502,10 +565,13 @@ def _record(
         "correct": verdict.correct,
         "status": verdict.status,
         "extracted": verdict.extracted,
+        "second": verdict.second,
+        "gold": problem.answer,
         "text": response.text,
         "tokens": response.tokens,
         "truncated": not response.finished,
         "level": problem.level,
+        "subject": problem.subject,
         "domain": problem.domain,
         "sampling_seed": seed,
     }
@@ -586,12 +652,15 @@ def protocol_of(name: str) -> dict[str, Any]:
     config = own()[name]
     source = source_of(name)
     first = problems.load(source, "test", 1)[0]
+    template = problems.TEMPLATES[problems.template(first)]
+    if is_raw(name):
+        template = f"few-shot {short_digest(fewshot.prompt(first))}"
     return {
         **common,
         "task": name,
         "problems": source,
         "revision": problems.find(source).revision,
-        "template": problems.TEMPLATES[problems.template(first)],
+        "template": template,
         "generation": {key: config["generation_kwargs"][key] for key in ("max_gen_toks", "until")},
         "verifier": first.verifier,
         "versions": verifiers.versions(),
@@ -615,6 +684,18 @@ def _said(setting: Setting) -> dict[str, Any]:
     return {key: value for key, value in asdict(setting).items() if value or key != "options"}
 
 
+def decoding(benchmark: Mapping[str, Any]) -> dict[str, Any]:
+    """How a benchmark of a protocol is sampled, in the words of a table."""
+    sampling, generation = benchmark.get("sampling", {}), benchmark.get("generation", {})
+    return {
+        "n": sampling.get("n", 1),
+        "temperature": sampling.get("temperature", 0.0),
+        "top_p": sampling.get("top_p", 1.0),
+        "top_k": sampling.get("top_k", 0),
+        "max_tokens": sampling.get("max_new_tokens") or generation.get("max_gen_toks"),
+    }
+
+
 def protocol_hash(protocol: Mapping[str, Any]) -> str:
     """Rows with different hashes never share a table."""
     return short_digest({key: value for key, value in protocol.items() if key != "hash"})
@@ -627,7 +708,10 @@ def engine(model: Any) -> dict[str, str]:
         "harness.models.hf": ("torch", "transformers"),
         "harness.models.vllm": ("torch", "vllm"),
     }
+    network = getattr(model, "model", None)  # a name stands for a student, which is loaded in fp32
+    kind = str(getattr(network, "dtype", "float32")).removeprefix("torch.")
     return {
         "backend": backend,
         **{name: metadata.version(name) for name in packages.get(backend, ())},
+        **({"dtype": kind} if backend in packages else {}),
     }

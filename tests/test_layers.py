@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Each module of harness may import modules of lower rank only (or, inside a package, its own).
 RANK = {
     "types": 0,
+    "coding": 1,
     "config": 1,
     "objectives": 1,
     "registry": 2,
@@ -16,14 +17,16 @@ RANK = {
     "ledger": 1,
     "problems": 3,
     "verifiers": 2,
+    "fewshot": 4,
     "models": 4,
     "progress": 1,
-    "statistics": 2,
+    "statistics": 3,
     "lab": 5,
     "trainer": 5,
     "evaluation": 6,
     "cell": 7,
     "report": 7,
+    "verify": 7,
     "tracking": 7,
     "compare": 8,
     "doctor": 9,
@@ -34,7 +37,7 @@ RANK = {
     "__init__": 0,
 }
 FOR_METHODS = {"types", "config", "registry", "objectives", "verifiers", "problems"}
-FOR_TASKS = {"verifiers", "problems", "types"}
+FOR_TASKS = {"verifiers", "problems", "fewshot", "types"}
 
 
 def imported(path: Path) -> set[str]:

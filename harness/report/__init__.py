@@ -67,11 +67,14 @@ def html(comparison: Comparison) -> str:
                 "over_runs",
                 "scorecard",
                 "is_histogram",
+                "at_k",
+                "disputes",
             ]
         },
         stage_line=formats.stage_line,
         swatch=plots.swatch,
         costs=reading.COSTS,
+        disputed_columns=reading.DISPUTED,
     )
     page = environment.get_template("page.html.j2")
     styles = {label: Style.of(comparison.index(label)) for label in comparison.labels}
@@ -81,6 +84,7 @@ def html(comparison: Comparison) -> str:
         conditions=reading.conditions(comparison),
         how_to_read=reading.HOW_TO_READ,
         gained=reading.against_base(comparison),
+        subjects={name: reading.by_group(comparison, name) for name in comparison.subjects},
         style=Markup((folder / "page.css").read_text(encoding="utf-8")),
         styles=styles,
         legend=plots.legend(styles),
@@ -247,6 +251,11 @@ def terminal(summary: Mapping[str, Any], console: Console | None = None) -> None
     console.print(Text(reading.headline(comparison), style="bold"), width=width)
     for benchmark in comparison.benchmarks:
         console.print(_board(comparison, benchmark), width=width)
+        for row in comparison.leaderboard(benchmark):
+            if row["pass_at_k"]:
+                console.print(Text(f"{row['method']}: {reading.at_k(row)}"), width=width)
+        if said := comparison.disputed(benchmark):
+            console.print(Text(said), width=width)
         pairs = [pair for pair in comparison.pairs(benchmark) if not pair.get("exploratory")]
         if pairs:
             console.print(_pairs(pairs), width=width)
@@ -267,8 +276,9 @@ def _grid(title: str, left: list[str], right: list[str]) -> Table:
 
 
 def _board(comparison: Comparison, benchmark: str) -> Table:
+    how = comparison.sampled(benchmark)
     table = _grid(
-        f"\n{benchmark}",
+        f"\n{benchmark}" + (f" ({how})" if how else ""),
         ["method"],
         ["accuracy", "95 %", "trun-\ncated", "un-\nparsed", *(head for head, _ in CHARGED)],
     )

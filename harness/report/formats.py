@@ -9,11 +9,15 @@ from typing import Any
 from harness.report import snr
 from harness.report.reading import (
     COSTS,
+    DISPUTED,
     HOW_TO_READ,
     Comparison,
     against_base,
     amount,
+    at_k,
+    by_group,
     conditions,
+    disputes,
     facts,
     headline,
     is_histogram,
@@ -32,7 +36,8 @@ def markdown(comparison: Comparison) -> str:
     """report.md: the result, then leaderboards, verdicts, what the methods did, and the conditions."""
     parts = [f"# {_md(comparison.name)}", _md(headline(comparison))]
     for benchmark in comparison.benchmarks:
-        parts += [f"## Leaderboard: {_md(benchmark)}", _leaderboard(comparison, benchmark)]
+        parts += [f"## Leaderboard: {_md(benchmark)}", _md(comparison.sampled(benchmark))]
+        parts += [_leaderboard(comparison, benchmark), _at_k(comparison, benchmark)]
     for benchmark in comparison.benchmarks:
         parts += [f"## Verdicts: {_md(benchmark)}", _verdicts(comparison.pairs(benchmark))]
     parts.append(HOW_TO_READ)
@@ -41,9 +46,10 @@ def markdown(comparison: Comparison) -> str:
         parts += ["## Gained and lost", _table(header, lines)]
     if comparison.levels:
         parts.append("## Accuracy by level")
-        parts += [
-            _levels(comparison, name) for name in comparison.benchmarks if name in comparison.levels
-        ]
+        parts += [_groups(comparison, name, "level ") for name in comparison.levels]
+    if comparison.subjects:
+        parts.append("## Accuracy by subject")
+        parts += [_groups(comparison, name) for name in comparison.subjects]
     if comparison.runs:
         parts.append("## What each method did")
         parts += [
@@ -52,6 +58,9 @@ def markdown(comparison: Comparison) -> str:
     if comparison.mechanisms:
         parts.append("## Mechanisms")
         parts += [_mechanisms(label, rows) for label, rows in comparison.mechanisms.items()]
+    if any(comparison.disputed(name) for name in comparison.benchmarks):
+        parts.append("## Where the extractors disagree")
+        parts += _disputes(comparison)
     if comparison.snr:
         parts += ["## Signal-to-noise by pass rate", *_snr(comparison.snr)]
     if comparison.summary.get("contamination"):
@@ -91,6 +100,21 @@ def _leaderboard(comparison: Comparison, benchmark: str) -> str:
     return _table(header, rows)
 
 
+def _at_k(comparison: Comparison, benchmark: str) -> str:
+    rows = [row for row in comparison.leaderboard(benchmark) if row["pass_at_k"]]
+    return "\n".join(f"- {_md(row['method'])}: {at_k(row)}" for row in rows)
+
+
+def _disputes(comparison: Comparison) -> list[str]:
+    parts = []
+    for name in comparison.benchmarks:
+        if said := comparison.disputed(name):
+            parts.append(f"**{_md(name)}.** {_md(said)}")
+        if rows := comparison.disputes.get(name):
+            parts.append(_table(DISPUTED, disputes(rows)))
+    return parts
+
+
 def _verdicts(pairs: Sequence[Mapping[str, Any]]) -> str:
     header = ["a", "b", "a is", "difference", "95 % interval", "p", "p (Holm)", "detectable"]
     rows = [
@@ -110,15 +134,8 @@ def _verdicts(pairs: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join([_table(header, rows), *(f"Note: {_md(note)}." for note in notes)])
 
 
-def _levels(comparison: Comparison, benchmark: str) -> str:
-    by_method = comparison.levels[benchmark]
-    levels = sorted({level for points in by_method.values() for level, _ in points})
-    rows = []
-    for label in comparison.labels:
-        at = dict(by_method.get(label, ()))
-        if at:
-            rows.append([label, *(percent(at[level]) if level in at else "" for level in levels)])
-    return _table([benchmark, *(f"level {level}" for level in levels)], rows)
+def _groups(comparison: Comparison, benchmark: str, prefix: str = "") -> str:
+    return _table(*by_group(comparison, benchmark, prefix))
 
 
 def _did(comparison: Comparison, label: str) -> str:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from harness.evaluation import decoding
 from harness.ledger import Ledger, total
 
 Row = Mapping[str, Any]
@@ -29,6 +31,7 @@ COSTS = {
 TEACHER = {"teacher_generated": "generated", "teacher_scored": "scored"}
 PLAIN = {"samples", "training"}  # purposes that the totals tell already
 MINUS = "\N{MINUS SIGN}"
+DISPUTES = 20  # of a benchmark that are shown
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Comparison:
     levels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]] = field(default_factory=dict)
     mechanisms: Mapping[str, Sequence[Row]] = field(default_factory=dict)  # label -> scorecard
     snr: Row | None = None  # snr.json
+    disputes: Mapping[str, Sequence[Row]] = field(default_factory=dict)  # benchmark -> samples
+    subjects: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -103,6 +108,8 @@ class Comparison:
                     "accuracy": arm["accuracy"],
                     "ci95": arm["ci95"],
                     "pass_at_k": arm.get("pass_at_k", {}),
+                    "maj_at_k": arm.get("maj_at_k", {}),
+                    "disputed": arm.get("disputed"),
                     "seeds": len(cells),
                     "truncated": sum(cell.get("truncated", 0) for cell in cells) / samples,
                     "unparsed": sum(cell.get("unparsed", 0) for cell in cells) / samples,
@@ -111,6 +118,24 @@ class Comparison:
                 }
             )
         return sorted(rows, key=lambda row: -row["accuracy"])
+
+    def sampled(self, benchmark: str) -> str:
+        """How a benchmark's answers were drawn: `avg@4, temperature 0.6, top_p 0.95, at most 8192 tokens`."""
+        protocol = self.summary["protocol"]
+        known = protocol.get("benchmarks", {}) if isinstance(protocol, Mapping) else {}
+        name = benchmark if benchmark in known else benchmark.rpartition("/")[0]  # a band of it
+        return sampled(decoding(known[name])) if name in known else ""
+
+    def disputed(self, benchmark: str) -> str:
+        """How often the two extractors disagree, arm by arm; empty where there is only one."""
+        counts = {r["method"]: r["disputed"] for r in self.leaderboard(benchmark)}
+        said = [f"{label} {count}" for label, count in counts.items() if count is not None]
+        if not said:
+            return ""
+        return (
+            "Samples on which the second extractor (the last box, as a string) disagrees with math-verify, which decides: "
+            f"{', '.join(said)}."
+        )
 
     def against(self, benchmark: str, label: str) -> Row | None:
         """The pair of an arm and the reference, or where there is none, base."""
@@ -163,11 +188,30 @@ def load(folder: Path) -> Comparison:
     order = {cell: place for place, cell in enumerate(sorted(cells, key=str))}
     runs = [run for run in runs if (run["label"], run["seed"]) in cells]
     runs.sort(key=lambda run: (order[run["label"], run["seed"]], run.get("data_seed", 0)))
-    levels = _levels(sorted((folder / "samples").glob("*.parquet")), cells)
+    files = sorted((folder / "samples").glob("*.parquet"))
+    levels = _by("level", pa.int64(), files, cells)
+    subjects = _by("subject", pa.string(), files, cells)
     mechanisms = _mechanisms(folder, {label for label, _ in cells})
     path = folder / "snr.json"
     snr = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return Comparison(summary, runs, levels, mechanisms, snr)
+    return Comparison(summary, runs, levels, mechanisms, snr, _disputes(files, cells), subjects)
+
+
+def _disputes(files: Iterable[Path], cells: set[tuple[str, int]]) -> dict[str, list[Row]]:
+    """The first samples of each benchmark on which the two extractors disagree."""
+    columns = ["benchmark", "method", "seed", "problem", "sample", "status", "extracted"]
+    columns += ["correct", "second", "gold"]
+    found: dict[str, list[Row]] = {}
+    for path in files:
+        if not set(columns) <= set(pq.read_schema(path).names):  # of an older version
+            continue
+        table = pq.read_table(path, columns=columns)
+        right = pc.equal(table["second"].cast(pa.string()), "ok")
+        for row in table.filter(pc.not_equal(right, table["correct"])).to_pylist():
+            rows = found.setdefault(row["benchmark"], [])
+            if (row["method"], row["seed"]) in cells and len(rows) < DISPUTES:
+                rows.append(row)
+    return {benchmark: rows for benchmark, rows in found.items() if rows}
 
 
 def _mechanisms(folder: Path, labels: set[str]) -> dict[str, list[Row]]:
@@ -179,37 +223,44 @@ def _mechanisms(folder: Path, labels: set[str]) -> dict[str, list[Row]]:
     return {label: rows for label, rows in arms.items() if rows and label in labels}
 
 
-def _levels(
-    files: Iterable[Path], cells: set[tuple[str, int]]
-) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """{benchmark: {method: [(level, accuracy)]}} over all seeds of these cells."""
-    sums: dict[tuple[str, str, int], tuple[float, int]] = {}
+def _by(
+    column: str, kind: pa.DataType, files: Iterable[Path], cells: set[tuple[str, int]]
+) -> dict[str, dict[str, list[tuple[Any, float]]]]:
+    """{benchmark: {method: [(level or subject, accuracy)]}} over all seeds of these cells."""
+    sums: dict[tuple[str, str, Any], tuple[float, int]] = {}
     for path in files:
-        columns = ["benchmark", "method", "seed", "level", "correct"]
-        table = pq.read_table(
-            path, columns=columns
-        ).cast(  # a column of nulls has a type of its own
-            pa.schema(
-                list(
-                    zip(
-                        columns,
-                        [pa.string(), pa.string(), pa.int64(), pa.int64(), pa.int64()],
-                        strict=True,
-                    )
-                )
-            )
+        columns = ["benchmark", "method", "seed", column, "correct"]
+        if column not in pq.read_schema(path).names:  # of an older version
+            continue
+        kinds = [pa.string(), pa.string(), pa.int64(), kind, pa.int64()]
+        # A column of nulls has a type of its own.
+        table = pq.read_table(path, columns=columns).cast(
+            pa.schema(list(zip(columns, kinds, strict=True)))
         )
         groups = table.group_by(columns[:4]).aggregate([("correct", "sum"), ("correct", "count")])
         for row in groups.to_pylist():
-            if row["level"] is None or (row["method"], row["seed"]) not in cells:
+            if row[column] is None or (row["method"], row["seed"]) not in cells:
                 continue
-            key = (row["benchmark"], row["method"], row["level"])
+            key = (row["benchmark"], row["method"], row[column])
             right, count = sums.get(key, (0.0, 0))
             sums[key] = (right + row["correct_sum"], count + row["correct_count"])
-    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for (benchmark, method, level), (right, count) in sorted(sums.items()):
-        found.setdefault(benchmark, {}).setdefault(method, []).append((level, right / count))
+    found: dict[str, dict[str, list[tuple[Any, float]]]] = {}
+    for (benchmark, method, value), (right, count) in sorted(sums.items()):
+        found.setdefault(benchmark, {}).setdefault(method, []).append((value, right / count))
     return found
+
+
+def by_group(
+    comparison: Comparison, benchmark: str, prefix: str = ""
+) -> tuple[list[str], list[list[str]]]:
+    """Accuracy by level (with its prefix), or by subject (without), as header and lines."""
+    found = (comparison.levels if prefix else comparison.subjects).get(benchmark, {})
+    values = sorted({value for points in found.values() for value, _ in points})
+    lines = []
+    for label in comparison.labels:
+        if at := dict(found.get(label, ())):
+            lines.append([label, *(percent(at[v]) if v in at else "" for v in values)])
+    return [benchmark, *(f"{prefix}{value}" for value in values)], lines
 
 
 def _arm(cells: Sequence[Row]) -> Row:
@@ -419,6 +470,44 @@ def by_number(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, dict[int, 
         for group, lines in groups.items()
     }
     return {group: lines for group, lines in kept.items() if lines}
+
+
+def sampled(how: Row) -> str:
+    """n and decoding in words."""
+    n, heat = how["n"], how["temperature"]
+    parts = [f"avg@{n}" if n > 1 else "one sample a problem"]
+    parts.append(f"temperature {heat:g}" if heat else "greedy")
+    if heat:
+        parts.append(f"top_p {how['top_p']:g}")
+        parts += [f"top_k {how['top_k']}"] if how["top_k"] else []
+    if how["max_tokens"]:
+        parts.append(f"at most {how['max_tokens']} tokens")
+    return ", ".join(parts)
+
+
+def at_k(row: Row) -> str:
+    """pass@k and maj@k of an arm: `pass@1 40.0 %, pass@4 70.0 %, maj@4 50.0 %`; maj@1 is the accuracy."""
+    parts = [f"pass@{k} {percent(value)}" for k, value in row["pass_at_k"].items()]
+    parts += [f"maj@{k} {percent(value)}" for k, value in row["maj_at_k"].items() if k != "1"]
+    return ", ".join(parts)
+
+
+def disputes(rows: Sequence[Row]) -> list[list[str]]:
+    """Lines of the table of samples on which the extractors disagree."""
+    return [
+        [
+            row["problem"],
+            f"{row['method']}/{row['seed']}, sample {row['sample']}",
+            "–" if row["extracted"] is None else row["extracted"],
+            row["gold"] or "–",
+            row["status"],
+            row["second"],
+        ]
+        for row in rows
+    ]
+
+
+DISPUTED = ["problem", "by", "extracted", "gold answer", "math-verify", "second extractor"]
 
 
 def amount(quantity: str, value: float) -> str:

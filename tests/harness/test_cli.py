@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from harness import cli, registry
+from harness import cli, evaluation, registry
 from harness.registry import Method
 
 
@@ -33,6 +37,7 @@ def test_help_lists_the_commands() -> None:
     for command in (
         "compare",
         "eval",
+        "verify",
         "report",
         "ui",
         "methods",
@@ -116,3 +121,70 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     assert done.stdout == ""
     assert done.stderr.startswith("retort: ") and done.stderr.count("\n") == 1
     assert expected in done.stderr and "Traceback" not in done.stderr
+
+
+# retort eval
+
+
+def evaluated(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """The one file of samples there, and its rows."""
+    (path,) = (folder / "eval" / "micro--student").glob("*.parquet")
+    return path, evaluation.read_records(path)
+
+
+EVAL = ("eval", "micro/student", "--tasks", "micro_math")
+
+
+def test_eval_says_how_it_sampled_and_keeps_every_sample(tmp_path: Path) -> None:
+    words = (*EVAL, "--limit", "8", "--results", str(tmp_path))
+    done = retort(*words, "--n", "2", "--top-p", "0.9", "--max-new-tokens", "96", COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    assert "avg@2, temperature 0.6, top_p 0.9, at most 96 tokens" in done.stdout
+    assert "pass@2" in done.stdout and "maj@2" in done.stdout
+    path, rows = evaluated(tmp_path)
+    assert str(path) in done.stdout
+    assert [(r["sample"], r["method"]) for r in rows] == [
+        (0, "micro/student"),
+        (1, "micro/student"),
+    ] * 8
+    said = json.loads(pq.read_schema(path).metadata[b"protocol"])
+    assert said["benchmarks"]["micro_math"]["sampling"]["top_p"] == 0.9
+    assert "greedy" in retort(*words, COLUMNS="200").stdout
+
+
+def test_a_larger_n_adds_to_what_is_there(tmp_path: Path) -> None:
+    words = (*EVAL, "--limit", "8", "--results", str(tmp_path))
+    retort(*words, "--n", "2")
+    path, two = evaluated(tmp_path)
+    path.unlink()
+    before = segments(tmp_path)
+    assert retort(*words, "--n", "4").returncode == 0
+    _, four = evaluated(tmp_path)
+    assert [r for r in four if r["sample"] < 2] == two and len(four) == 32
+    assert before.items() < segments(tmp_path).items()
+
+
+def test_eval_goes_on_after_kill_9(tmp_path: Path) -> None:
+    """What was answered before the kill is not asked again, and the samples are those of a run that nobody cut."""
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    command = [sys.executable, "-m", "harness", *EVAL, "--n", "4", "--limit", "400", "--results"]
+    process = subprocess.Popen([*command, str(cut)], stderr=subprocess.DEVNULL)
+    try:
+        while not segments(cut) and process.poll() is None:
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    before = segments(cut)
+    assert before and not (cut / "eval").exists()
+    assert retort(*command[3:], str(cut)).returncode == 0
+    after = segments(cut)
+    assert before.items() < after.items()  # the same files, not written again
+    assert retort(*command[3:], str(whole)).returncode == 0
+    assert segments(whole).keys() == after.keys()
+    assert evaluated(cut)[1] == evaluated(whole)[1]
+
+
+def segments(results: Path) -> dict[str, int]:
+    """The finished blocks of answers in the store, each with its inode."""
+    return {p.name: p.stat().st_ino for p in (results / "store/responses").rglob("*.arrow")}

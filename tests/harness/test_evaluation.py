@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import math
@@ -110,19 +111,24 @@ def test_several_benchmarks_and_config_objects() -> None:
     assert {r["domain"] for r in found["micro_code"]} == {"code"}
 
 
+def use_sums(folder: Path, monkeypatch: pytest.MonkeyPatch, first: str = "0 + 0?") -> None:
+    """Five sums in place of GSM8K."""
+    questions = [first, *(f"{i} + {i}?" for i in range(1, 5))]
+    rows = [{"question": q, "answer": f"x\n#### {2 * i}"} for i, q in enumerate(questions)]
+    (folder / "gsm8k").mkdir(parents=True)
+    text = "\n".join(map(json.dumps, rows))
+    (folder / "gsm8k/test.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    monkeypatch.setenv("RETORT_DATA", str(folder))
+
+
 def test_real_problems_through_a_data_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gzip
-
-    rows = [{"question": f"{i} + {i}?", "answer": f"x\n#### {2 * i}"} for i in range(5)]
-    (tmp_path / "gsm8k").mkdir()
-    text = "\n".join(map(json.dumps, rows))
-    (tmp_path / "gsm8k/test.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    monkeypatch.setenv("RETORT_DATA", str(tmp_path))
+    use_sums(tmp_path, monkeypatch)
     model = Counting(lambda request, i: rf"It is \boxed{{{request.problem.answer}.0}}.")
     records = evaluate(model, {"gsm8k": {}})["gsm8k"]
     assert [r["status"] for r in records] == ["ok"] * 5
+    assert [(r["second"], r["gold"]) for r in records] == [("ok", str(2 * i)) for i in range(5)]
     ((requests, sampling),) = model.asked
     assert requests[0].prompt.endswith(r"within \boxed{}.") and sampling.max_new_tokens == 2048
     assert evaluation.problems_of("gsm8k")[4].answer == "8"
@@ -494,7 +500,7 @@ def test_the_protocol_hash_follows_what_decides_scores(monkeypatch: pytest.Monke
     )  # the weights are no part of it
     assert hashed(model="some/model") == base
     with monkeypatch.context() as patch:
-        patch.setattr(verifiers, "READING", "2")
+        patch.setattr(verifiers, "READING", "of another day")
         assert hashed() != base
     with monkeypatch.context() as patch:
         patch.setitem(problems.TEMPLATES, "bare", "{prompt} ")
@@ -503,6 +509,91 @@ def test_the_protocol_hash_follows_what_decides_scores(monkeypatch: pytest.Monke
         patch.setattr(type(problems.find("micro_math")), "revision", "other")
         assert hashed() != base
     assert json.dumps(protocol({"micro_math": {}}))
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "value"),
+    [
+        (verifiers, "READING", "other"),
+        (verifiers.second, "VERSION", "other"),
+        (verifiers.math, "SECONDS", 3.0),
+        (verifiers.math, "MEMORY", 1 << 20),
+        (verifiers.code, "LIMITS", {"seconds": 1.0}),
+        (problems, "TEMPLATES", {**problems.TEMPLATES, "math": "{prompt} Answer:"}),
+        (evaluation.metadata, "version", lambda name: "0"),
+    ],
+)
+def test_the_protocol_of_mathematics_follows_every_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Any, name: str, value: Any
+) -> None:
+    use_sums(tmp_path, monkeypatch)
+    before = protocol({"gsm8k": {}})["hash"]
+    monkeypatch.setattr(target, name, value)
+    assert protocol({"gsm8k": {}})["hash"] != before
+
+
+@pytest.mark.parametrize(
+    "package",
+    ["lm-eval", "math-verify", "sympy", "latex2sympy2_extended", "torch", "transformers"],
+)
+def test_the_protocol_follows_the_versions(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    before, version = protocol({"micro_math": {}})["hash"], evaluation.metadata.version
+    monkeypatch.setattr(
+        evaluation.metadata, "version", lambda name: "0" if name == package else version(name)
+    )
+    assert protocol({"micro_math": {}})["hash"] != before
+
+
+@pytest.mark.parametrize("key", ["max_gen_toks", "until"])
+def test_the_protocol_follows_what_the_task_says(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    before = protocol({"micro_math": {}})["hash"]
+    monkeypatch.setitem(evaluation.own()["micro_math"]["generation_kwargs"], key, "other")
+    assert protocol({"micro_math": {}})["hash"] != before
+
+
+def test_the_protocol_follows_the_data_and_all_of_the_sampling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_sums(tmp_path / "a", monkeypatch)
+    first = protocol({"gsm8k": {}})["hash"]
+    drawn = {"n": 2, "temperature": 0.5}
+    others = [
+        drawn, {**drawn, "n": 4}, {**drawn, "top_p": 0.9}, {**drawn, "top_k": 4},
+        {"limit": 2}, {"split": "train"}, {"levels": [1]}, {"max_new_tokens": 7},
+    ]  # fmt: skip
+    hashes = {protocol({"gsm8k": settings})["hash"] for settings in others}
+    assert len(hashes | {first}) == len(others) + 1
+    use_sums(tmp_path / "b", monkeypatch)
+    assert protocol({"gsm8k": {}})["hash"] == first  # the same rows in another place
+    use_sums(tmp_path / "c", monkeypatch, first="another question")
+    assert protocol({"gsm8k": {}})["hash"] != first
+
+
+def test_the_protocol_knows_the_precision() -> None:
+    import torch
+
+    from tests.tiny import tiny_model
+
+    model = tiny_model()
+    single = protocol({"micro_math": {}}, model)
+    assert single["engine"]["dtype"] == "float32"
+    assert single["hash"] == protocol({"micro_math": {}})["hash"]
+    model.model.to(torch.bfloat16)
+    assert protocol({"micro_math": {}}, model)["hash"] != single["hash"]
+
+
+def test_how_a_benchmark_is_sampled() -> None:
+    said = protocol(
+        {"micro_math": {"n": 2, "temperature": 0.5}, "micro_code": {"max_new_tokens": 9}}
+    )
+    found = {name: evaluation.decoding(one) for name, one in said["benchmarks"].items()}
+    one = {"n": 2, "temperature": 0.5, "top_p": 1.0, "top_k": 0, "max_tokens": 128}
+    assert found["micro_math"] == one
+    assert found["micro_code"] == {**one, "n": 1, "temperature": 0.0, "max_tokens": 9}
+    assert evaluation.several("micro_math", {"n": 2, "limit": None}) == {"n": 2, "temperature": 0.6}
+    assert evaluation.several("aime24", {"n": 2}) == {"n": 2}  # the task samples already
+    assert evaluation.several("micro_math", {"n": 2, "temperature": 1.0})["temperature"] == 1.0
+    assert evaluation.several("micro_math", {"n": None}) == {}
 
 
 def test_the_protocol_of_a_task_of_others(other_tasks: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -65,6 +66,9 @@ def example(
                             "tokens": 40,
                             "truncated": cut and rng.random() < 0.5,
                             "level": level if benchmark == "micro_math" else None,
+                            "subject": ("Algebra", "Geometry")[level % 2]
+                            if benchmark == "micro_math"
+                            else None,
                             "domain": "math",
                         }
                     )
@@ -262,6 +266,20 @@ def test_the_headline_is_of_whole_benchmarks(comparison):
     banded = reading.Comparison(summary)
     assert "micro_math/easy" in banded.benchmarks
     assert reading.headline(banded) == reading.headline(reading.Comparison(comparison.summary))
+
+
+def test_accuracy_by_subject_is_a_table(written, comparison):
+    header, lines = reading.by_group(comparison, "micro_math")
+    assert header == ["micro_math", "Algebra", "Geometry"] and len(lines) == len(comparison.labels)
+    assert set(comparison.subjects) == {"micro_math"}  # the other says none
+    by_level = dict(comparison.levels["micro_math"]["sft"])
+    algebra = dict(comparison.subjects["micro_math"]["sft"])["Algebra"]
+    even = [by_level[level] for level in by_level if level % 2 == 0]
+    assert min(even) <= algebra <= max(even)
+    assert (
+        "By subject" in written["report.html"] and "## Accuracy by subject" in written["report.md"]
+    )
+    assert lines[0][1] in written["report.md"]
 
 
 def test_gains_and_losses_against_the_untrained_student_stand_in_one_table(written, comparison):
@@ -706,3 +724,52 @@ def test_terminal_fits_100_columns(comparison):
 def test_stage_line():
     stage = {"name": "main", "steps": 5, "examples": 7, "objective": "nll"}
     assert formats.stage_line(stage) == "main: 5 steps of nll on 7 examples"
+
+
+def disputed_example(folder: Path) -> Path:
+    """A comparison of one arm whose four samples a problem two extractors judged, not always alike."""
+    records = [
+        {
+            "benchmark": "math500", "method": label, "seed": 0, "data_seed": 0, "problem": f"math500/{p}",
+            "sample": sample, "correct": sample == 0, "status": "ok" if sample == 0 else "wrong",
+            "extracted": "<b>0.5</b>", "second": "wrong" if label == "sft" else "ok" if sample == 0 else "wrong",
+            "gold": r"\frac{1}{2}", "truncated": False, "level": 1, "domain": "math",
+        }
+        for label in ("base", "sft") for p in range(30) for sample in range(4)
+    ]  # fmt: skip
+    judged = statistics.summarise_records(records, "sft")
+    (folder / "samples").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(records), folder / "samples" / "math500.parquet")
+    sampling = {"n": 4, "temperature": 0.6, "top_p": 0.95, "top_k": 0, "max_new_tokens": None}
+    one = {"sampling": sampling, "generation": {"max_gen_toks": 8192, "until": []}}
+    summary = {
+        "name": "disputed", "protocol": {"benchmarks": {"math500": one}, "hash": "x"}, "environment": {},
+        "cells": judged.cells, "arms": judged.arms, "pairs": judged.pairs, "ledger": {},
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_disagreements_of_the_extractors_and_decoding_are_shown(tmp_path):
+    folder = disputed_example(tmp_path / "disputed")
+    report.write(folder)
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    text = " ".join(" ".join(page.text).split())
+    console = Console(record=True, width=100, file=io.StringIO())
+    report.terminal(json.loads((folder / "summary.json").read_text()), console)
+    plain = " ".join(console.export_text().split())
+    for said in (markdown, text, plain):
+        assert "avg@4, temperature 0.6, top_p 0.95, at most 8192 tokens" in said.replace("\\", "")
+        assert "pass@4 100.0 %" in said and "maj@4 0.0 %" in said
+        assert "decides: base 0, sft 30." in said
+    row = ["math500/0", "sft/0, sample 0", "<b>0.5</b>", r"\frac{1}{2}", "ok", "wrong"]
+    table = next(table for table in page.tables if table[0] == reading.DISPUTED)
+    assert table[1] == row and len(table) == 1 + reading.DISPUTES == 21
+    assert markdown.count("| sft/0, sample 0 |") == 20 and "&lt;b\\>0.5" in markdown
+
+
+def test_samples_without_a_second_verdict_have_no_disagreements(written, comparison):
+    assert comparison.disputes == {} and "second extractor" not in written["report.html"]
+    assert comparison.sampled("micro_math") == "one sample a problem, greedy"
+    assert comparison.sampled("micro_code") == "" and comparison.sampled("micro_math/high") != ""
