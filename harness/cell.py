@@ -277,7 +277,9 @@ def evaluation_key(job: Job, experiment: Experiment, name: str) -> str:
     settings = experiment.benchmarks[name].model_dump(mode="json", exclude={"bands"})
     if not settings["options"]:  # none say nothing: what was answered before there were any stays
         del settings["options"]
-    return short_digest([student, settings, evaluation.protocol_of(name), evaluation.engine(None)])
+    options = experiment.benchmarks[name].options
+    protocol = evaluation.protocol_of(name, options)
+    return short_digest([student, settings, protocol, evaluation.engine(None)])
 
 
 def evaluated(job: Job, experiment: Experiment, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,6 +104,8 @@ def evaluate(
         name: evaluation.several(name, {**given, "max_new_tokens": max_new_tokens})
         for name in _names(tasks) or ()
     }
+    if not settings:
+        raise ValueError(f"--tasks {tasks!r}: name at least one; retort benchmarks lists them")
     loaded = models.load(model, checkpoints=problems.checkpoints())
     with Display(len(settings)) as display:
         rows = evaluation.score(
@@ -140,6 +143,13 @@ def verify(
     file: Annotated[
         Path, typer.Argument(help='Lines {"id": …, "completion": …}; - reads standard input.')
     ],
+    think_opened: Annotated[
+        bool, typer.Option("--think-opened", help="The prompts ended inside a <think> already.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the data, e.g. release=v6."),
+    ] = None,
 ) -> None:
     """Judge completions that exist already: a line {"id", "correct", "extracted", "status"} for each, in their order."""
     from contextlib import nullcontext
@@ -162,6 +172,8 @@ def verify(
             "standard input" if stdin else str(file),
             write,
             lambda done, total: display(task, "verdicts", done, total),
+            opened=think_opened,
+            options=_options(set_ or ()),
         )
     print(f"{task}: {tally}", file=sys.stderr)
 
@@ -375,6 +387,13 @@ def _store(results: Path) -> Any:
     from harness.store import Store
 
     return Store(Path(os.environ.get("RETORT_STORE", results / "store")))
+
+
+def _options(given: Sequence[str]) -> dict[str, str]:
+    for each in given:
+        if "=" not in each:
+            raise ValueError(f"--set {each!r}: write KEY=VALUE, for example release=v6")
+    return dict(each.split("=", 1) for each in given)
 
 
 def _names(arms: str | None) -> list[str] | None:

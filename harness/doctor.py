@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -15,6 +14,7 @@ from harness.compare import check, experiment, use_data
 from harness.config import Experiment
 from harness.models.hf import HFModel
 from harness.types import LanguageModel, Problem
+from harness.verifiers import sandbox
 
 GIB = 2**30
 SAMPLE = 200  # problems whose lengths are looked at
@@ -141,19 +141,21 @@ def _memory(setting: Experiment, student: HFModel, teacher: LanguageModel) -> It
 
 
 def _extras(setting: Experiment) -> Iterator[Finding]:
-    if any(
-        problem.verifier == "code"
+    code = [
+        name
         for name in setting.benchmarks
-        for problem in evaluation.problems_of(name)[:1]
-    ):
-        if shutil.which("bwrap"):
-            yield Finding("ok", "sandbox", "bubblewrap is there")
+        if any(problem.verifier == "code" for problem in evaluation.problems_of(name)[:1])
+    ]
+    if code:
+        try:
+            kinds = {sandbox.kind(evaluation.source_of(name)) for name in code}
+        except ValueError as error:
+            yield Finding("problem", "sandbox", str(error))
         else:
-            yield Finding(
-                "note",
-                "sandbox",
-                "model-written code runs in a limited subprocess, which is no full isolation",
-            )
+            text = "programs run in bubblewrap"
+            if "fallback" in kinds:
+                text = "programs run with namespaces and resource limits only: install bubblewrap for isolation"
+            yield Finding("note" if "fallback" in kinds else "ok", "sandbox", text)
     if importlib.util.find_spec("vllm") is None and torch.cuda.is_available():
         yield Finding("note", "vllm", "not installed: sampling runs through Transformers")
     missing = [

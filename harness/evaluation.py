@@ -28,6 +28,7 @@ from harness.config import nearest
 from harness.lab import sample_group, sample_keys
 from harness.store import Store, short_digest
 from harness.types import LanguageModel, Problem, Request, Sampling, Split, Trace, Verdict
+from harness.verifiers import sandbox
 
 Record = dict[str, Any]
 Report = Callable[[str, int, int], None]  # phase, done, total
@@ -200,6 +201,8 @@ def check(name: str) -> None:
     """Refuse a benchmark that neither we nor lm-eval know."""
     known = f"known: {', '.join(sorted(own()))}, and every lm-eval task"
     if name in own():
+        if own()[name].get("unsafe_code"):
+            sandbox.kind(source_of(name))  # where there is none for it, before anything is paid
         return
     if close := difflib.get_close_matches(name, own(), n=1, cutoff=0.8):
         # A slip in one of our names; reading lm-eval's index for it would take its seconds.
@@ -643,8 +646,8 @@ def _types(pa: Any) -> dict[str, Any]:
 # Protocol -------------------------------------------------------------------------------------------------------------
 
 
-def protocol_of(name: str) -> dict[str, Any]:
-    """What of a benchmark decides a score, but for how it is sampled."""
+def protocol_of(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What of a benchmark, under options of its problem set, decides a score, but for how it is sampled."""
     check(name)
     common = {"lm_eval": metadata.version("lm-eval")}
     if name not in own():
@@ -654,12 +657,20 @@ def protocol_of(name: str) -> dict[str, Any]:
     first = problems.load(source, "test", 1)[0]
     template = problems.TEMPLATES[problems.template(first)]
     if is_raw(name):
-        template = f"few-shot {short_digest(fewshot.prompt(first))}"
+        # All of them: a set may have problems of several shapes, each with its own examples.
+        prompts = [fewshot.prompt(p) for p in problems.load(source, "test", **(options or {}))]
+        template = f"few-shot {short_digest(prompts)}"
+    chosen = {}
+    if options:
+        chosen["chosen"] = problems.contents(problems.load(source, "test", **options))
+    if first.verifier == "code":
+        chosen["sandbox"] = sandbox.kind(source)
     return {
         **common,
         "task": name,
         "problems": source,
         "revision": problems.find(source).revision,
+        **chosen,
         "template": template,
         "generation": {key: config["generation_kwargs"][key] for key in ("max_gen_toks", "until")},
         "verifier": first.verifier,
@@ -669,10 +680,11 @@ def protocol_of(name: str) -> dict[str, Any]:
 
 def protocol(benchmarks: Mapping[str, Any], model: Any = None) -> dict[str, Any]:
     """Everything that decides the scores, but for the weights; `hash` is its digest."""
+    settings = {name: Setting.of(name, given) for name, given in benchmarks.items()}
     found = {
         "benchmarks": {
-            name: {"sampling": _said(Setting.of(name, given)), **protocol_of(name)}
-            for name, given in benchmarks.items()
+            name: {"sampling": _said(setting), **protocol_of(name, setting.options)}
+            for name, setting in settings.items()
         },
         "engine": engine(model),
     }

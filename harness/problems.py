@@ -89,11 +89,8 @@ class TableSet:
     @property
     def revision(self) -> str:
         """Digest of the test problems (or of all, where there is no such split), wherever they come from."""
-        digest = hashlib.sha256()
-        for split in ("test",) if "test" in self.files else tuple(self.files):
-            for p in _table(self, split):
-                digest.update(json.dumps([p.id, p.prompt, p.answer, p.tests]).encode())
-        return digest.hexdigest()[:16]
+        splits = ("test",) if "test" in self.files else tuple(self.files)
+        return contents(problem for split in splits for problem in _table(self, split))
 
     def rows(self, split: Split) -> Iterator[tuple[str, Row]]:
         """The rows of a split, each with its place."""
@@ -303,6 +300,15 @@ TABLE = {
         ),
     )
 }
+
+
+def contents(found: Iterable[Problem]) -> str:
+    """Digest of what a verdict on these problems rests on."""
+    digest = hashlib.sha256()
+    for p in found:
+        parts = [p.id, p.prompt, p.answer, p.tests, p.solution, p.entry]
+        digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()[:16]
 
 
 # Finding sets ---------------------------------------------------------------------------------------------------------

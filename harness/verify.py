@@ -52,9 +52,11 @@ class Tally:
         return f"{total} judged{share}: " + ", ".join(f"{k} {v}" for k, v in counts.items())
 
 
-def read(task: str, lines: Iterable[bytes], place: str) -> list[Completion]:
+def read(
+    task: str, lines: Iterable[bytes], place: str, options: Mapping[str, Any] | None = None
+) -> list[Completion]:
     """Every line as a completion of one of the task's problems; the first bad line is an error that names it."""
-    known = by_id(task)
+    known = by_id(task, options)
     return [
         _completion(line, known, task, f"{place}, line {number}")
         for number, line in enumerate(lines, 1)
@@ -62,27 +64,32 @@ def read(task: str, lines: Iterable[bytes], place: str) -> list[Completion]:
     ]
 
 
-def by_id(task: str) -> Mapping[str, Problem]:
-    """All rows behind a task, by the data's own id (or row number), and by ours, which has the set's name before it."""
+def by_id(task: str, options: Mapping[str, Any] | None = None) -> Mapping[str, Problem]:
+    """All rows behind a task, by the data's own id (or row number), and by ours, which has the set's name before it.
+
+    With options of the problem set (release: v6), the test problems that these choose.
+    """
     if task not in evaluation.own():
         raise ValueError(
             f"unknown task {task!r}: {nearest(task, evaluation.own())}; "
             "completions are judged for these tasks only, and lm-eval's own score what they generate"
         )
     source = evaluation.source_of(task)
-    found = problems.every(source)
+    found = problems.load(source, "test", **options) if options else problems.every(source)
     return {
         **{problem.id: problem for problem in found},
         **{problem.id.removeprefix(f"{source}/"): problem for problem in found},
     }
 
 
-def judge(completions: list[Completion], tally: Tally) -> Iterator[list[str]]:
-    """The lines of the answer, in order, a chunk at a time."""
+def judge(completions: list[Completion], tally: Tally, opened: bool = False) -> Iterator[list[str]]:
+    """The lines of the answer, in order, a chunk at a time; `opened`: the prompts ended inside a think."""
     size = CHUNK * (os.cpu_count() or 1)
     for first in range(0, len(completions), size):
         chunk = completions[first : first + size]
-        verdicts = verifiers.verify_many([(c.problem, c.text, not c.truncated) for c in chunk])
+        verdicts = verifiers.verify_many(
+            [(c.problem, c.text, not c.truncated) for c in chunk], opened=opened
+        )
         for completion, verdict in zip(chunk, verdicts, strict=True):
             tally.add(completion, verdict)
         yield [_line(*pair) for pair in zip(chunk, verdicts, strict=True)]
@@ -94,11 +101,15 @@ def run(
     place: str,
     write: Callable[[str], None],
     progress: Callable[[int, int], None],
+    *,
+    opened: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Tally:
     """Judge lines and write one for each; nothing is written before all of them were read."""
-    completions, tally = read(task, lines, place), Tally()
+    completions, tally = read(task, lines, place, options), Tally()
+    evaluation.check(task)  # that there is a sandbox, if it needs one
     progress(0, len(completions))
-    for answers in judge(completions, tally):
+    for answers in judge(completions, tally, opened):
         write("".join(f"{answer}\n" for answer in answers))
         progress(tally.statuses.total(), len(completions))
     return tally
@@ -111,6 +122,8 @@ def _completion(line: bytes, known: Mapping[str, Problem], task: str, place: str
         raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{place}: not UTF-8") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, a number too long
+        raise ValueError(f"{place}: cannot be read: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(
             f"{place}: a line is an object with the keys id and completion, got {type(row).__name__}"

@@ -7,10 +7,11 @@ harness/verifiers/code.py; its tests run in another process (harness/verifiers/i
 a limit on processes does not bind root; otherwise as the caller, in a user namespace.
 
 Without bubblewrap RETORT_SANDBOX=fallback runs programs with what the kernel allows this user: namespaces, if it does, and
-resource limits. It lacks: programs can read the host's files that their user may read (and, as no root, write those that
-the caller may), and see its processes; where the kernel refuses namespaces (and always outside Linux) the network is open too,
-and what runs as the caller can kill or debug the caller's processes. Programs of micro_code alone, which our own tiny models write,
-fall back by themselves, with one warning, so that the quickstart runs on any machine.
+resource limits. It lacks: programs can read the host's files that their user may read, the benchmarks' own answers among them,
+write where it may write (/tmp, for one, where the next program finds it; what the caller may write, if the caller is not root), and
+see the host's processes; where the kernel refuses namespaces (and always outside Linux) the network is open too, and what runs as
+the caller can kill or debug the caller's processes. Programs of micro_code alone, which our own tiny models write, fall back by
+themselves, with one warning, so that the quickstart runs on any machine. The protocol of a benchmark names which it was.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def kind(source: str = "") -> str:
     why = unusable()
     if why is None:
         return "bubblewrap"
-    if asked or not source.startswith("micro_"):
+    if asked or source not in ("micro_math", "micro_code"):
         raise ValueError(MISSING.format(why=why))
     _warn(why)
     return "fallback"

@@ -21,6 +21,7 @@ from harness.evaluation import evaluate, protocol, read_records, write_records
 from harness.models.scripted import Reply, Scripted
 from harness.store import Store
 from harness.types import Ids, Problem, Request, Sampling, Scores, Trace
+from harness.verifiers import sandbox
 
 ROOT = Path(__file__).parents[2]
 SAMPLED = {"n": 3, "temperature": 1.0, "limit": 6}
@@ -508,6 +509,10 @@ def test_the_protocol_hash_follows_what_decides_scores(monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(type(problems.find("micro_math")), "revision", "other")
         assert hashed() != base
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "kind", lambda source: "elsewhere")
+        assert protocol({"micro_code": {}})["benchmarks"]["micro_code"]["sandbox"] == "elsewhere"
+        assert hashed() == base  # no program runs there
     assert json.dumps(protocol({"micro_math": {}}))
 
 

@@ -231,6 +231,22 @@ CONTAINED = {
     "many files": "def attack():\n    for i in range(100_000):\n        open(f'file{i}', 'w').close()\n    return True",
     "memory": "def attack(): return bytearray(4 << 30)",
     "memory, bit by bit": "def attack():\n    kept = []\n    while len(kept) < 300: kept.append(bytearray(16 << 20))\n    return True",
+    "shared memory": """
+        import ctypes
+        def attack(): return ctypes.CDLL(None).shmget(0, 400 << 20, 0o1600) >= 0
+        """,
+    "semaphores": """
+        import ctypes
+        def attack(): return ctypes.CDLL(None).semget(0, 32000, 0o1600) >= 0
+        """,
+    "messages": """
+        import ctypes
+        def attack(): return ctypes.CDLL(None).msgget(0, 0o1600) >= 0
+        """,
+    "memory as a file": """
+        import os
+        def attack(): return os.memfd_create("x") >= 0
+        """,
     "what others left": """
         import os
         def attack():
@@ -545,6 +561,9 @@ def test_functional(program: str, expected: str, short: None) -> None:
         ("import sys\nprint(float(sum(map(int, sys.stdin.read().split()))), end=' \\n\\n')\nsys.exit(3)", "ok"),
         ("import os\nos.write(1, str(sum(map(int, os.read(0, 99).split()))).encode())\nos._exit(0)", "ok"),
         ("if __name__ == '__main__':\n    print(sum(map(int, open(0).read().split())))", "ok"),
+        ("print(sum(map(int, input().split())))\nquit()", "ok"),
+        ("import threading\nthreading.Thread(target=lambda: print(sum(map(int, input().split())))).start()", "ok"),
+        ("import atexit, io, sys\nout = io.StringIO()\natexit.register(lambda: sys.stdout.write(out.getvalue()))\nout.write(str(sum(map(int, input().split()))))", "ok"),
         ("print(3)", "wrong"),
         ("print(sum(map(int, input().split())), 0)", "wrong"),
         ("print(sum(map(int, input().split())))\nprint()\nprint(1)", "wrong"),
@@ -713,6 +732,16 @@ def test_the_protocol_names_version_and_limits(monkeypatch: pytest.MonkeyPatch) 
     }
 
 
+def test_exact_numbers_cross() -> None:
+    from decimal import Decimal
+    from fractions import Fraction
+
+    given = [Fraction(-3, 7), Decimal("1.10"), Fraction(1 << 70, 3), Decimal("NaN")]
+    back = wire.unpack(json.loads(json.dumps(wire.pack(given, lambda _: 7))), lambda _: None)
+    assert [type(v) for v in back] == [type(v) for v in given]
+    assert back[:3] == given[:3] and str(back[1]) == "1.10" and back[3].is_nan()
+
+
 def test_only_plain_data_crosses() -> None:
     def refuse(value: Any) -> int:
         raise TypeError(value)
@@ -726,6 +755,8 @@ def test_only_plain_data_crosses() -> None:
         {},
         {"a": 1, "b": 2},
         {"set": [[]]},
+        {"decimal": "x"},
+        {"fraction": [1, 0]},
         {"dict": [1]},
     ):
         with pytest.raises(referee.Failure):

@@ -75,6 +75,38 @@ def test_a_line_for_each_in_their_order(data: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_think_that_the_prompts_opened(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut inside its reasoning, a response has no answer, though it names one."""
+    monkeypatch.setenv("RETORT_DATA", str(data))
+    text = lines(
+        {"id": "test/x/2.json", "completion": r"so \boxed{4}, let me check", "truncated": True},
+        {"id": "test/x/2.json", "completion": r"hm</think> \boxed{4}"},
+    )
+    for opened, expected in ((False, ["ok", "ok"]), (True, ["unparsed", "ok"])):
+        said: list[str] = []
+        given = text.encode().splitlines()
+        verify.run("math500", given, "here", said.append, lambda *_: None, opened=opened)
+        assert [json.loads(line)["status"] for line in "".join(said).splitlines()] == expected
+
+
+def test_options_choose_the_problems(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETORT_DATA", str(data))
+    assert len(verify.by_id("gsm8k")) == 10  # each under two names
+    with pytest.raises(ValueError, match="gsm8k has no option release"):
+        verify.by_id("gsm8k", {"release": "v6"})
+    with pytest.raises(ValueError, match="livecodebench: unknown release 'v9'"):
+        verify.by_id("livecodebench", {"release": "v9"})
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"id": ' + "9" * 5000 + ', "completion": ""}'])
+def test_a_line_that_cannot_be_read_is_named(
+    line: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETORT_DATA", str(data))
+    with pytest.raises(ValueError, match="here, line 2: "):
+        verify.read("gsm8k", [b'{"id": 1, "completion": ""}', line.encode()], "here")
+
+
 def test_standard_input_and_row_numbers(data: Path) -> None:
     text = lines(
         {"id": 3, "completion": r"\boxed{4}"}, {"id": "0", "completion": r"\boxed{\frac{2}{2}}"}

@@ -50,11 +50,12 @@ LIBC = ctypes.CDLL(None, use_errno=True) if LINUX else None
 
 # System calls that programs do not need and kernels have been attacked through; by machine: (architecture, clone, clone3,
 # the others: ptrace, process_vm_readv and _writev, unshare, setns, mount, pivot_root, add_key, request_key, keyctl,
-# perf_event_open, bpf, userfaultfd, io_uring_setup, _enter and _register, open_tree to mount_setattr).
+# perf_event_open, bpf, userfaultfd, io_uring_setup, _enter and _register, open_tree to mount_setattr). And through which they
+# would get memory that no limit of theirs counts: memfd_create, shmget, semget, msgget, mq_open.
 _NEWER = (425, 426, 427, *range(428, 434), 438, 442)
 SYSTEM_CALLS = {
-    "x86_64": (0xC000003E, 56, 435, (101, 310, 311, 272, 308, 165, 155, 248, 249, 250, 298, 321, 323, *_NEWER)),
-    "aarch64": (0xC00000B7, 220, 435, (117, 270, 271, 97, 268, 40, 41, 217, 218, 219, 241, 280, 282, *_NEWER)),
+    "x86_64": (0xC000003E, 56, 435, (101, 310, 311, 272, 308, 165, 155, 248, 249, 250, 298, 321, 323, 319, 29, 64, 68, 240, *_NEWER)),
+    "aarch64": (0xC00000B7, 220, 435, (117, 270, 271, 97, 268, 40, 41, 217, 218, 219, 241, 280, 282, 279, 194, 190, 186, 180, *_NEWER)),
 }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ in its memory, and all that it can say is plain data: an answer to the question 
 
 from __future__ import annotations
 
+import atexit
+import builtins
 import contextlib
 import functools
 import math
@@ -16,6 +18,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +57,7 @@ def play(orders: int, answers: int, limit: int) -> int:
     """Serve the referee until it hangs up; the exit status."""
     this, pid, send, receive = os.getpid, os.getpid(), wire.send, wire.receive
     order = receive(orders, limit)
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # which `site` would have made
     most = (
         math.ceil(order["most"]) + SECONDS_MORE
     )  # the referee's clock comes first, where it has one
@@ -177,4 +181,10 @@ def script(program: Callable[[], types.CodeType], given: int, printed: int, seco
     exec(PRELUDE, main.__dict__)
     with contextlib.suppress(SystemExit):
         exec(program(), main.__dict__)
+    for (
+        thread
+    ) in threading.enumerate():  # as an interpreter ends: threads, then what was to be done last
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
     sys.stdout.flush()

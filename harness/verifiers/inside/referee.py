@@ -6,8 +6,9 @@ a `Thing`: it equals itself alone, has no truth value, and attributes, items and
 
 What this leaves open: a program may say of its own objects what it likes, and helpers that tests take from the program
 besides the entry are the program's. Tests that hand the program a function or an object of their own cannot be judged in two
-processes: the job is returned as "share" and comes again with that flag; then program and tests run in one process, where a
-program may change what the tests see, and only a nonce, read after the last test, tells that they ended without an exception.
+processes: the job is returned as "share" and comes again with that flag; then program and tests run in one process. There a
+program that sets out to can claim success: it may change what the tests see, or find the nonce that is to show that they came to
+their end and write it at once. Only the outside stays contained. No test of HumanEval, MBPP or LiveCodeBench needs it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,15 @@ from . import wire
 PATIENCE = 3.0  # of wall time for each second of computing time: a busy machine changes no verdict
 CASES = 20  # computing time of all cases together, in limits of one
 TICK = 0.1  # seconds between looks at the computing time
-Failure = (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError)
+Failure = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 BUILTINS = frozenset(dir(builtins))
 LOADS = ("LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS")
 STORES = ("STORE_NAME", "STORE_GLOBAL")

@@ -8,6 +8,8 @@ side is not to be trusted.
 from __future__ import annotations
 
 import contextlib
+import decimal
+import fractions
 import json
 import os
 from collections.abc import Callable
@@ -59,6 +61,10 @@ def pack(value: Any, refer: Callable[[Any], int]) -> Any:
         return {"bytes": value.hex()}
     if kind is complex:
         return {"complex": [value.real, value.imag]}
+    if kind is fractions.Fraction:
+        return {"fraction": [pack(n, refer) for n in (value.numerator, value.denominator)]}
+    if kind is decimal.Decimal:
+        return {"decimal": str(value)}
     if kind is range:
         return {"range": [pack(n, refer) for n in (value.start, value.stop, value.step)]}
     if kind is type and value in _CLASSES.values():
@@ -84,9 +90,13 @@ def unpack(data: Any, thing: Callable[[int], Any]) -> Any:
         return int(inner, 16)
     if kind == "bytes":
         return bytes.fromhex(inner)
+    if kind == "decimal":
+        return decimal.Decimal(inner)
     items = unpack(inner, thing)
     if kind == "complex":
         return complex(*items)
+    if kind == "fraction":
+        return fractions.Fraction(*items)
     if kind == "range":
         return range(*items)
     return {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}[kind](items)
