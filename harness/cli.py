@@ -117,7 +117,8 @@ def evaluate(
             folder=results,
         )
     counts = {"n_problems": "problems", "truncated": "cut", "unparsed": "unparsed"}
-    table = Table("benchmark", "accuracy", "95 % interval", *counts.values(), "disputed", "sampled")
+    names = ("benchmark", "accuracy", "95 % interval", *counts.values(), "disputed")
+    table = Table(*names, box=None, pad_edge=False)
     for row in rows:
         low, high = row["ci95"]
         table.add_row(
@@ -126,11 +127,11 @@ def evaluate(
             f"{100 * low:.1f} to {100 * high:.1f}",
             *(str(row[count]) for count in counts),
             str(row.get("disputed", "–")),
-            sampled(row["decoding"]),
         )
     out.print(table)
     for row in rows:
         name = row["benchmark"]
+        out.print(f"{name}: {sampled(row['decoding'])}", highlight=False, soft_wrap=True)
         if "pass_at_k" in row:
             said = at_k({"maj_at_k": {}, **row})
             out.print(f"{name}: {said}", highlight=False, soft_wrap=True)
