@@ -92,6 +92,10 @@ def evaluate(
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the task's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
+    aa: Annotated[
+        bool,
+        typer.Option("--aa", help="Draw it all again in other batches, and say what that moves."),
+    ] = False,
     results: Results = RESULTS,
 ) -> None:
     """Score one model, trained here or anywhere, on benchmarks. Resumes where it was cut; a larger n adds samples."""
@@ -116,6 +120,15 @@ def evaluate(
             progress=lambda phase, done, total: display(model, phase, done, total),
             folder=results,
         )
+        moved = {}
+        if aa:
+            moved = evaluation.noise(
+                loaded,
+                settings,
+                rows,
+                seed=seed,
+                progress=lambda phase, done, total: display(f"{model}, A/A", phase, done, total),
+            )
     counts = {"n_problems": "problems", "truncated": "cut", "unparsed": "unparsed"}
     names = ("benchmark", "accuracy", "95 % interval", *counts.values(), "disputed")
     table = Table(*names, box=None, pad_edge=False)
@@ -136,6 +149,13 @@ def evaluate(
             said = at_k({"maj_at_k": {}, **row})
             out.print(f"{name}: {said}", highlight=False, soft_wrap=True)
         out.print(f"{name}: samples in {row['file']}", highlight=False, soft_wrap=True)
+        if one := moved.get(name):
+            out.print(
+                f"{name}: A/A, in other batches {one['texts']} of {one['samples']} texts and {one['verdicts']} verdicts "
+                f"differ, accuracy {100 * one['delta']:+.2f} points",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 @app.command()

@@ -22,15 +22,6 @@ LARGEST = 1 << 29  # bytes of one problem's private tests once unpacked
 # The opcodes of a pickle that is one string: nothing here names, builds or calls anything.
 STRINGS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 HARMLESS = {"PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"}
-# What LiveCodeBench's own runner puts before every program; of equal names the last wins.
-_MODULES = (
-    *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random"),
-    *("statistics", "itertools", "functools", "operator", "io", "sys", "json"),
-)
-IMPORTS = (
-    "; ".join(f"from {name} import *" for name in (*_MODULES, "builtins", "typing"))
-    + f"\nimport {', '.join(_MODULES)}\nsys.setrecursionlimit(50_000)\n"
-)
 
 
 def humaneval(row: Row) -> Row:

@@ -281,6 +281,40 @@ def score(
     return rows
 
 
+def noise(
+    model: LanguageModel,
+    benchmarks: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    seed: int,
+    progress: Report,
+) -> dict[str, dict[str, float]]:
+    """An A/A run: the same samples drawn again in other batches, held against those of `rows`, which `score` gave.
+
+    Of each benchmark how many samples there are, how many texts and verdicts differ, and the difference in accuracy.
+    """
+    usual = getattr(model, "rows", None)
+    if usual is None:
+        raise ValueError(f"{model.name}: an A/A run changes the batches of a Transformers model")
+    found = {}
+    for row in rows:
+        name = str(row["benchmark"])
+        try:
+            # Batches of at most a third of the problems: none is as it was.
+            model.rows = max(1, min(usual // 2, row["n_problems"] // 3))  # type: ignore[attr-defined]
+            again = evaluate(model, {name: benchmarks[name]}, seed=seed, progress=progress)[name]
+        finally:
+            model.rows = usual  # type: ignore[attr-defined]
+        pairs = list(zip(read_records(Path(row["file"])), again, strict=True))
+        found[name] = {
+            "samples": len(pairs),
+            "texts": sum(a["text"] != b["text"] for a, b in pairs),
+            "verdicts": sum(a["correct"] != b["correct"] for a, b in pairs),
+            "delta": sum(b["correct"] - a["correct"] for a, b in pairs) / len(pairs),
+        }
+    return found
+
+
 def _tasks(name: str, setting: Setting) -> dict[str, Any]:
     """The lm-eval tasks of a benchmark: one of ours, or all that another name stands for."""
     if name in own():

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.report import formats, plots, reading, snr
+from harness.report import formats, pages, plots, reading, snr
 from harness.report.plots import Series, Style
 from harness.report.reading import BASE, Comparison
 
@@ -45,50 +44,37 @@ def write(folder: Path) -> list[Path]:
 
 def html(comparison: Comparison) -> str:
     """The page, whole: style and charts are inside."""
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update(
-        {
-            name: getattr(reading, name)
-            for name in [
-                "percent",
-                "share",
-                "signed",
-                "span",
-                "p_value",
-                "amount",
-                "facts",
-                "over_runs",
-                "scorecard",
-                "is_histogram",
-                "at_k",
-                "disputes",
-            ]
-        },
-        stage_line=formats.stage_line,
-        swatch=plots.swatch,
-        costs=reading.COSTS,
-        disputed_columns=reading.DISPUTED,
-    )
-    page = environment.get_template("page.html.j2")
     styles = {label: Style.of(comparison.index(label)) for label in comparison.labels}
-    return page.render(
-        comparison=comparison,
-        headline=reading.headline(comparison),
-        conditions=reading.conditions(comparison),
-        how_to_read=reading.HOW_TO_READ,
-        gained=reading.against_base(comparison),
-        subjects={name: reading.by_group(comparison, name) for name in comparison.subjects},
-        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
-        styles=styles,
-        legend=plots.legend(styles),
-        charts={
+    words: dict[str, Any] = {
+        name: getattr(reading, name)
+        for name in [
+            "percent",
+            "share",
+            "signed",
+            "span",
+            "p_value",
+            "amount",
+            "facts",
+            "over_runs",
+            "scorecard",
+            "is_histogram",
+            "at_k",
+            "disputes",
+        ]
+    }
+    words |= {"stage_line": formats.stage_line, "swatch": plots.swatch}
+    values = {
+        "comparison": comparison,
+        "costs": reading.COSTS,
+        "disputed_columns": reading.DISPUTED,
+        "headline": reading.headline(comparison),
+        "conditions": reading.conditions(comparison),
+        "how_to_read": reading.HOW_TO_READ,
+        "gained": reading.against_base(comparison),
+        "subjects": {name: reading.by_group(comparison, name) for name in comparison.subjects},
+        "styles": styles,
+        "legend": plots.legend(styles),
+        "charts": {
             name: [
                 _forest(comparison, name, styles),
                 _level_chart(comparison, name, styles),
@@ -96,19 +82,22 @@ def html(comparison: Comparison) -> str:
             ]
             for name in comparison.benchmarks
         },
-        curves={
+        "curves": {
             label: chart
             for label in comparison.labels
             if (chart := _curve_chart(comparison, label, styles[label]))
         },
-        histograms={label: _histograms(comparison, label, styles[label]) for label in styles},
-        by_number={label: _by_number(rows) for label, rows in comparison.mechanisms.items()},
-        reliability={
+        "histograms": {label: _histograms(comparison, label, styles[label]) for label in styles},
+        "by_number": {label: _by_number(rows) for label, rows in comparison.mechanisms.items()},
+        "reliability": {
             label: _reliability(rows, styles[label])
             for label, rows in comparison.mechanisms.items()
         },
-        **(snr.view(comparison.snr) if comparison.snr else {"snr": None}),
-    )
+        "snr": None,
+    }
+    if comparison.snr:
+        values |= snr.view(comparison.snr)
+    return pages.render("page.html.j2", values, words)
 
 
 # --- charts ------------------------------------------------------------------------------------

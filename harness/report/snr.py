@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from harness.report import plots
+from harness.report import pages, plots
 from harness.report.plots import Series, Style
 
 HEADER = (
@@ -145,16 +143,7 @@ def chart(name: str, loss: Mapping[str, Any]) -> Markup:
 
 def page(found: Mapping[str, Any]) -> str:
     """snr.html: the measurement by itself."""
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style = Markup((folder / "page.css").read_text(encoding="utf-8"))
-    return environment.get_template("snr.html.j2").render(style=style, **view(found))
+    return pages.render("snr.html.j2", view(found))
 
 
 def view(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,14 +62,11 @@ def program(problem: Problem, text: str, *, finished: bool = True) -> str | None
     """The whole program that a response gives; None if it gives none.
 
     Where the prompt is a function to complete, a program that defines it gets the prompt's imports and helpers in front, and
-    anything else is its body, which may also come without a fence. LiveCodeBench's programs get its usual imports.
+    anything else is its body, which may also come without a fence.
     """
     found = fenced(text, finished=finished)
     if not stub(problem):
-        if found is None or not found.strip():
-            return None
-        # Cases in JSON are LiveCodeBench's, whose programs are run behind these imports everywhere.
-        return _behind(coding.IMPORTS if (problem.tests or "").startswith("{") else "", found)
+        return found if found and found.strip() else None
     name = re.escape(problem.entry or "")
     whole = re.compile(rf"^(?:async +def|def|class) +{name}\b|^{name} *=", re.MULTILINE)
     if found is None and not _FENCE.search(text):

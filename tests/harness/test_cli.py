@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -150,6 +152,40 @@ def test_eval_says_how_it_sampled_and_keeps_every_sample(tmp_path: Path) -> None
     said = json.loads(pq.read_schema(path).metadata[b"protocol"])
     assert said["benchmarks"]["micro_math"]["sampling"]["top_p"] == 0.9
     assert "greedy" in retort(*words, COLUMNS="200").stdout
+
+
+def test_an_aa_run_says_what_other_batches_move(tmp_path: Path) -> None:
+    words = (*EVAL, "--limit", "9", "--max-new-tokens", "64", "--results", str(tmp_path), "--aa")
+    said = retort(*words, COLUMNS="200").stdout
+    found = re.search(r"A/A, in other batches (\d+) of 9 texts and (\d+) verdicts differ", said)
+    assert found, said
+    assert int(found[2]) <= int(found[1]) <= 9
+
+
+def test_an_aa_run_draws_again_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four samples one has another text, and another one another verdict."""
+    old = [{"text": text, "correct": text == "a"} for text in "abcd"]
+    new = [{"text": text, "correct": text in "ab"} for text in ("a", "b", "c", "e")]
+    seen: list[int] = []
+
+    class Model:
+        name, rows = "m", 512
+
+    model: Any = Model()
+
+    def again(given: Any, *_: Any, **__: Any) -> Any:
+        seen.append(given.rows)
+        return {"x": new}
+
+    monkeypatch.setattr(evaluation, "evaluate", again)
+    monkeypatch.setattr(evaluation, "read_records", lambda path: old)
+    rows = [{"benchmark": "x", "n_problems": 4, "file": "f"}]
+    found = evaluation.noise(model, {"x": {}}, rows, seed=0, progress=lambda *_: None)
+    assert found == {"x": {"samples": 4, "texts": 1, "verdicts": 1, "delta": 0.25}}
+    assert seen == [1] and model.rows == 512
+    server: Any = SimpleNamespace(name="server")
+    with pytest.raises(ValueError, match="an A/A run changes the batches of a Transformers model"):
+        evaluation.noise(server, {}, rows, seed=0, progress=lambda *_: None)
 
 
 def test_a_larger_n_adds_to_what_is_there(tmp_path: Path) -> None:

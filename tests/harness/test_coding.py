@@ -403,13 +403,21 @@ def test_a_body_is_judged(data: Path) -> None:
 
 
 def test_livecodebench_programs_find_its_usual_imports(data: Path) -> None:
+    """Where they are run; the program that is shown is the model's own."""
     functional = problems.load("livecodebench", "test")[1]
-    program = completion.program(functional, functional.solution or "") or ""
-    names: dict[str, Any] = {}
-    exec(program, names)
-    assert names["Solution"]().add(1, [2, 3]) == 6
-    assert names["pow"](2, 3, 5) == 3 and names["open"] is open  # builtins win over math and io
-    assert names["Counter"]("aab") == Counter("aab") and names["heapq"].heappop([1]) == 1
+    solution = functional.solution or ""
+    assert (
+        completion.program(functional, solution) == solution.split("\n", 1)[1].rpartition("```")[0]
+    )
+    assert verify(functional, solution).status == "ok"
+    # builtins win over math; names of typing, collections and the modules themselves are there
+    told = "assert pow(2, 3, 5) == 3"
+    told += " and Counter('aab')['a'] == 2 and heapq.heappop([1]) == 1 and List"
+    assert verify(functional, f"{solution.rpartition('```')[0]}{told}\n```").status == "ok"
+    assert (
+        verify(functional, f"{solution.rpartition('```')[0]}assert pow(2, 3, 5) == 4\n```").status
+        == "wrong"
+    )
 
 
 # Tasks
