@@ -13,9 +13,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from pydantic import ValidationError
 
 from harness import evaluation, models, problems, registry
-from harness.config import Budget, Experiment, Training
+from harness.config import Budget, Experiment, Training, explain
 from harness.lab import Workbench
 from harness.ledger import Ledger
 from harness.models.hf import HFModel
@@ -85,11 +86,24 @@ def _run(job: Job, experiment: Experiment, store: Store, report: Report) -> None
     gc.collect()
 
 
-def train(job: Job, experiment: Experiment, student: HFModel, store: Store, report: Report) -> None:
-    """Run the method's stages and keep the student; a run that was cut goes on from its checkpoint."""
+def train(
+    job: Job,
+    experiment: Experiment,
+    student: HFModel,
+    store: Store,
+    report: Report,
+    *,
+    ledger: Ledger | None = None,
+    watch: Callable[[Trainer], None] | None = None,
+) -> None:
+    """Run the method's stages and keep the student; a run that was cut goes on from its checkpoint.
+
+    A `ledger` that is given is filled, so that it tells what was paid before an error, too; `watch` is the trainer's.
+    """
     method, training, budget = recipe(experiment, job.label)
     torch.manual_seed(job.seed)
-    ledger = Ledger({str(quantity): cap for quantity, cap in budget.caps.items()})
+    ledger = Ledger() if ledger is None else ledger
+    ledger.caps = {str(quantity): cap for quantity, cap in budget.caps.items()}
     start = student.identity
     trainer = Trainer(
         student,
@@ -100,6 +114,7 @@ def train(job: Job, experiment: Experiment, student: HFModel, store: Store, repo
         checkpoint=job.run_file.parent / "checkpoint.pt",
         report=report,
         key=key(job, experiment),
+        watch=watch,
     )
     lab = Workbench(
         student,
@@ -134,6 +149,8 @@ def train(job: Job, experiment: Experiment, student: HFModel, store: Store, repo
         "data_seed": job.data_seed,
         "key": key(job, experiment),
         "config": method.model_dump(mode="json"),
+        "training": training.model_dump(mode="json"),
+        "budget": budget.model_dump(mode="json"),
         "start": start,
         "student": student.identity,
         "stages": trainer.state.stages,
@@ -172,21 +189,40 @@ def evaluate(
 
 
 def recipe(experiment: Experiment, label: str) -> tuple[Method, Training, Budget]:
-    """The arm's method with the suite's training and budget, or with `budget: paper` at its paper's setting."""
-    given = experiment.methods[label]
-    if isinstance(experiment.budget, Budget):
-        return registry.build(label, given, experiment.name), experiment.training, experiment.budget
-    name = given.get("method", label)
-    paper = registry.paper_recipe(registry.get(name))
-    if "budget" not in paper:
-        raise ValueError(
-            f"methods.{label}: budget 'paper' needs a paper.yaml with a budget beside {name}"
-        )
-    method = registry.build(
-        label, {"method": name, **paper.get("fields", {}), **given}, experiment.name
-    )
-    training = {**experiment.training.model_dump(), **paper.get("training", {})}
-    return method, Training.model_validate(training), Budget.model_validate(paper["budget"])
+    """The arm's method, training and budget: the suite's, or with `budget: paper` its paper's; then what the arm says itself.
+
+    An arm may set keys of `training` for itself, and by `budget: {steps: N}` take fewer steps than the suite has, never more.
+    """
+    given = dict(experiment.methods[label])
+    own, less = given.pop("training", {}), given.pop("budget", {})
+    training, budget = experiment.training, experiment.budget
+    if not isinstance(budget, Budget):
+        name = given.get("method", label)
+        paper = registry.paper_recipe(registry.get(name))
+        if "budget" not in paper:
+            raise ValueError(
+                f"methods.{label}: budget 'paper' needs a paper.yaml with a budget beside {name}"
+            )
+        given = {"method": name, **paper.get("fields", {}), **given}
+        training = _merged(training, paper.get("training", {}), f"{name}'s paper.yaml: training")
+        budget = Budget.model_validate(paper["budget"])
+    training = _merged(training, own, f"{experiment.name}: methods.{label}.training")
+    if less:
+        most, steps = budget.steps, less.get("steps")
+        if set(less) != {"steps"} or not isinstance(steps, int) or not 0 < steps <= (most or 0):
+            allowed = "in other units" if most is None else f"{most} steps"
+            raise ValueError(
+                f"methods.{label}.budget: {{steps: N}}, at most the suite's (which is {allowed}), got {less!r}"
+            )
+        budget = budget.model_copy(update={"steps": steps})
+    return registry.build(label, given, experiment.name), training, budget
+
+
+def _merged(training: Training, own: Mapping[str, Any], source: str) -> Training:
+    try:
+        return Training.model_validate({**training.model_dump(), **own})
+    except ValidationError as error:
+        raise ValueError(explain(error, source, Training)) from None
 
 
 def needs_teacher(objective: Any) -> bool:

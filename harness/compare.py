@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
 import platform
-import signal
 import subprocess
 import sys
 import threading
@@ -24,11 +22,21 @@ from typing import Any
 
 import psutil
 
-from harness import cell, evaluation, models, problems, registry, report, statistics, tracking
+from harness import (
+    cell,
+    evaluation,
+    models,
+    problems,
+    registry,
+    report,
+    space,
+    statistics,
+    tracking,
+)
 from harness.cell import Job, write_json
 from harness.config import Benchmark, Experiment, find_suite, load, nearest
 from harness.ledger import Ledger, total
-from harness.progress import Display, Event, throttled
+from harness.progress import Display, Event, end_with_parent, throttled
 from harness.types import Problem
 
 PACKAGES = ("torch", "transformers", "lm-eval", "math-verify", "datasets", "accelerate", "mlflow")
@@ -50,19 +58,26 @@ def compare(
     methods: Sequence[str] | None = None,
     seeds: int | None = None,
     limit: int | None = None,
+    tuned: bool = False,
     overrides: Sequence[str] = (),
     results: Path = Path("results"),
     store: Path | None = None,
     quiet: bool = False,
     track: bool = True,
 ) -> dict[str, Any]:
-    """Run a comparison and return its summary; what is done already is not done again."""
+    """Run a comparison and return its summary; what is done already is not done again.
+
+    With `tuned` every arm has the best setting of its sweep, and the comparison is named NAME-tuned.
+    """
     setting = experiment(suite, overrides)
     labels = chosen(setting, methods)
     setting = _smaller(setting, seeds, limit)
     use_data(setting)
-    check(setting, labels)
     results = Path(results)
+    effort: dict[str, Any] = {}
+    if tuned:
+        setting, effort = space.tuned(setting, labels, results / setting.name / "sweep.json")
+    check(setting, labels)
     folder = results / setting.name
     store = store or Path(os.environ.get("RETORT_STORE", results / "store"))
     check_writable(folder, store)
@@ -76,6 +91,8 @@ def compare(
     if os.environ.get("RANK", "0") != "0":
         return {}
     summary = summarise(setting, labels, jobs, contamination)
+    if effort:
+        summary["tuned"] = effort
     write_json(folder / "summary.json", summary)
     report.write(folder)
     if track:
@@ -226,8 +243,7 @@ def run(jobs: Sequence[Job], workers: int, display: Any) -> None:
 def _start_worker(queue: Any) -> None:
     global _SEND
     _SEND = queue.put
-    if sys.platform == "linux":  # a worker does not outlive a parent that was killed
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent()
 
 
 def _work(job: Job) -> None:

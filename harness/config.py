@@ -119,6 +119,41 @@ class Benchmark(Frozen):
         return self
 
 
+class Range(Frozen):
+    """What a sweep explores of one field; what is not given is as the field itself says."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool | None = None
+    choices: list[Any] | None = Field(None, min_length=1)
+    num: int | None = Field(None, gt=1)  # values of it in a grid
+    when: dict[str, list[Any]] = {}  # searched only where other fields have one of these values
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Range:
+        if self.choices is not None and (self.low, self.high, self.log) != (None, None, None):
+            raise ValueError("either choices, or low, high and log")
+        return self
+
+
+class Sweep(Frozen):
+    """How a sweep tunes. Further keys are ranges: of a field, {alpha: {low: 0, high: 2}}, or of an arm's, {paced: {alpha: …}}."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", validate_default=True)
+    __pydantic_extra__: dict[str, Any]
+
+    objective: str = "dev"  # accuracy on dev problems of every training set; dev/NAME: of one
+    dev_problems: int = Field(200, gt=1)  # in equal parts from the training sets
+    share: float = Field(0.25, gt=0, le=1)  # of the budget, for a trial
+    seeds: int = Field(1, gt=0)  # training seeds of a trial, 0, 1, …
+    points: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5]  # of a trial's budget, to prune at
+    confirm_seeds: int = Field(3, ge=0)  # fresh training seeds for the best and the suite's own
+    only: list[str] | None = None  # fields; None: all that methods say are searched
+    training: dict[str, Any] = {}  # ranges of the training's own, such as learning_rate
+    budget: dict[Literal["steps"], Any] = {}  # steps of the full budget; a trial makes its share
+    heartbeat: int = Field(60, gt=0)  # seconds, with a database: silent for twice as long is dead
+
+
 class Contamination(Frozen):
     """When a training problem counts as overlapping a benchmark."""
 
@@ -146,7 +181,7 @@ class Experiment(Frozen):
     training: Training = Training()
     sampling: SamplingSettings = SamplingSettings()
     contamination: Contamination = Contamination()
-    sweep: dict[str, Any] = {}
+    sweep: Sweep = Sweep()
     workers: int = Field(1, gt=0)  # cells at a time
     threads: int | None = Field(None, gt=0)  # of one cell; None: all cores over workers
     data_dir: Path | None = None  # local benchmark files, like RETORT_DATA

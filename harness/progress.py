@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -114,6 +116,12 @@ def throttled(send: Callable[[Event], object], cell: str) -> Callable[[str, int,
             send((cell, phase, done, total))
 
     return report
+
+
+def end_with_parent() -> None:
+    """A worker process does not outlive a parent that was killed (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _clock(seconds: float) -> str:

@@ -121,7 +121,7 @@ class Store:
         path = self.root / ".locks" / f"{digest([kind, dict(group), name])}.lock"
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = _lock(path, wait)
+            descriptor = lock(path, wait)
         if descriptor is None:
             yield False
             return
@@ -132,7 +132,7 @@ class Store:
             if owner == os.getpid():  # not in a child that was forked inside the block
                 with contextlib.suppress(OSError):
                     path.unlink()
-                _release(descriptor)
+                release(descriptor)
 
     def show(self, kind: str | None = None) -> list[Entry]:
         """What the store holds, by kind, the group used last first. Quick: `verify` reads every byte."""
@@ -388,7 +388,7 @@ def _entry(folder: Path) -> Entry:
     return Entry(kind, group, rows, size, last_used, tuple(damaged), folder)
 
 
-def _lock(path: Path, wait: bool) -> int | None:
+def lock(path: Path, wait: bool) -> int | None:
     """Lock a file that its holder deletes on release: one that was deleted while we waited does not count."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -398,17 +398,17 @@ def _lock(path: Path, wait: bool) -> int | None:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except BlockingIOError:
-            _release(descriptor)
+            release(descriptor)
             return None
         except FileNotFoundError:
             pass
         except BaseException:
-            _release(descriptor)
+            release(descriptor)
             raise
-        _release(descriptor)
+        release(descriptor)
 
 
-def _release(descriptor: int) -> None:
+def release(descriptor: int) -> None:
     _held.discard(descriptor)
     os.close(descriptor)
 
@@ -416,7 +416,7 @@ def _release(descriptor: int) -> None:
 def _leave_claims_to_parent() -> None:
     """A forked child lets go of the parent's locks, or they would outlive the parent."""
     for descriptor in list(_held):
-        _release(descriptor)
+        release(descriptor)
 
 
 os.register_at_fork(after_in_child=_leave_claims_to_parent)

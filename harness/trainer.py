@@ -96,9 +96,13 @@ class Trainer:
         checkpoint: Path | None = None,
         report: Report | None = None,
         key: str = "",
+        watch: Callable[[Trainer], None] | None = None,
     ) -> None:
         self.student, self.training, self.budget = student, training, budget
         self.seed, self.ledger, self.checkpoint, self.key = seed, ledger, checkpoint, key
+        self.watch = (
+            watch  # called after every step and stage; it may look, and end the run by raising
+        )
         self._saved: dict[str, Any] | None = None  # a checkpoint whose stage is not reached yet
         self.report: Report = report or (lambda phase, done, total: None)
         precision = training.precision
@@ -121,6 +125,11 @@ class Trainer:
     def consumed(self) -> float:
         """Share of the budget that the stages took which the method has behind it."""
         return float(sum(done["share"] for done in self.state.stages[: self._reached]))
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that training and preparing consumed so far."""
+        return (self.state.consumed + self.state.prepared) / self._total()
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -188,6 +197,8 @@ class Trainer:
                 stop = stop or self.ledger.exhausted("teacher_scored")
             total = self._steps_left() + len(self.state.curve)
             self.report("train", len(self.state.curve), total)
+            if self.watch is not None:
+                self.watch(self)
             # A checkpoint falls between two blocks: a block that was made is not kept in one.
             if self.state.step - self._kept >= self.training.checkpoint_every and not pending:
                 self.save(notes)
@@ -203,6 +214,8 @@ class Trainer:
         self.student.version = None
         self.student.touch()
         self.save(notes, boundary=True)
+        if self.watch is not None:
+            self.watch(self)
 
     def _begin(self, stage: Stage) -> None:
         """Enter a stage: what it may consume is its share, less what it cost to prepare where FLOPs are the budget.
