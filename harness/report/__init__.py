@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.report import formats, pages, plots, reading, snr
+from harness.report import formats, pages, plots, reading, screen, snr
 from harness.report.plots import Series, Style
 from harness.report.reading import BASE, Comparison
 
-COLUMNS = 100  # of the terminal
 CHARGED = (  # its cost columns: what one student of a method would pay alone
     ("teacher\nwrote", "teacher_generated"),
     ("teacher\nscored", "teacher_scored"),
@@ -234,9 +233,7 @@ def _reliability(rows: Sequence[reading.Row], style: Style) -> list[Markup]:
 def terminal(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the result, the leaderboards and the verdicts, in at most 100 columns."""
     comparison = Comparison(summary)
-    if console is None:
-        console = Console() if Console().is_terminal else Console(width=COLUMNS)
-    width = min(console.width, COLUMNS)
+    console, width = screen.fitted(console)
     console.print(Text(reading.headline(comparison), style="bold"), width=width)
     for benchmark in comparison.benchmarks:
         console.print(_board(comparison, benchmark), width=width)
@@ -253,20 +250,9 @@ def terminal(summary: Mapping[str, Any], console: Console | None = None) -> None
     console.print(Text(reading.conditions(comparison), style="dim"), width=width)
 
 
-def _grid(title: str, left: list[str], right: list[str]) -> Table:
-    table = Table(
-        title=Text(title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-    for name in left:
-        table.add_column(Text(name), overflow="fold")
-    for name in right:
-        table.add_column(Text(name), justify="right", no_wrap=True)
-    return table
-
-
 def _board(comparison: Comparison, benchmark: str) -> Table:
     how = comparison.sampled(benchmark)
-    table = _grid(
+    table = screen.grid(
         f"\n{benchmark}" + (f" ({how})" if how else ""),
         ["method"],
         ["accuracy", "95 %", "trun-\ncated", "un-\nparsed", *(head for head, _ in CHARGED)],
@@ -284,16 +270,13 @@ def _board(comparison: Comparison, benchmark: str) -> Table:
     return table
 
 
-COLOURS = {"better": "green", "worse": "red", "cannot tell": "yellow"}
-
-
 def _pairs(pairs: list[Mapping[str, Any]]) -> Table:
-    table = _grid("", ["a", "is", "than b"], ["difference", "95 %", "p (Holm)", "detectable"])
+    table = screen.grid("", ["a", "is", "than b"], ["difference", "95 %", "p (Holm)", "detectable"])
     table.columns[1].no_wrap = True
     for pair in pairs:
         table.add_row(
             Text(pair["a"]),
-            Text(pair["verdict"], style=COLOURS.get(pair["verdict"], "")),
+            Text(pair["verdict"], style=screen.COLOURS.get(pair["verdict"], "")),
             Text(pair["b"]),
             reading.signed(pair["delta"]),
             reading.span(pair["ci95"]),

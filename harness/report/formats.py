@@ -34,16 +34,16 @@ from harness.report.reading import (
 
 def markdown(comparison: Comparison) -> str:
     """report.md: the result, then leaderboards, verdicts, what the methods did, and the conditions."""
-    parts = [f"# {_md(comparison.name)}", _md(headline(comparison))]
+    parts = [f"# {md(comparison.name)}", md(headline(comparison))]
     for benchmark in comparison.benchmarks:
-        parts += [f"## Leaderboard: {_md(benchmark)}", _md(comparison.sampled(benchmark))]
+        parts += [f"## Leaderboard: {md(benchmark)}", md(comparison.sampled(benchmark))]
         parts += [_leaderboard(comparison, benchmark), _at_k(comparison, benchmark)]
     for benchmark in comparison.benchmarks:
-        parts += [f"## Verdicts: {_md(benchmark)}", _verdicts(comparison.pairs(benchmark))]
+        parts += [f"## Verdicts: {md(benchmark)}", _verdicts(comparison.pairs(benchmark))]
     parts.append(HOW_TO_READ)
     header, lines = against_base(comparison)
     if lines:
-        parts += ["## Gained and lost", _table(header, lines)]
+        parts += ["## Gained and lost", table(header, lines)]
     if comparison.levels:
         parts.append("## Accuracy by level")
         parts += [_groups(comparison, name, "level ") for name in comparison.levels]
@@ -64,12 +64,12 @@ def markdown(comparison: Comparison) -> str:
     if comparison.snr:
         parts += ["## Signal-to-noise by pass rate", *_snr(comparison.snr)]
     if comparison.summary.get("contamination"):
-        parts += ["## Contamination", _facts(comparison.summary["contamination"])]
+        parts += ["## Contamination", bullets(comparison.summary["contamination"])]
     parts += [
         "## Conditions",
         conditions(comparison),
-        _facts({"protocol": comparison.summary["protocol"]}),
-        _facts({"environment": comparison.summary["environment"]}),
+        bullets({"protocol": comparison.summary["protocol"]}),
+        bullets({"environment": comparison.summary["environment"]}),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -97,21 +97,21 @@ def _leaderboard(comparison: Comparison, benchmark: str) -> str:
         ]
         for row in comparison.leaderboard(benchmark)
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _at_k(comparison: Comparison, benchmark: str) -> str:
     rows = [row for row in comparison.leaderboard(benchmark) if row["pass_at_k"]]
-    return "\n".join(f"- {_md(row['method'])}: {at_k(row)}" for row in rows)
+    return "\n".join(f"- {md(row['method'])}: {at_k(row)}" for row in rows)
 
 
 def _disputes(comparison: Comparison) -> list[str]:
     parts = []
     for name in comparison.benchmarks:
         if said := comparison.disputed(name):
-            parts.append(f"**{_md(name)}.** {_md(said)}")
+            parts.append(f"**{md(name)}.** {md(said)}")
         if rows := comparison.disputes.get(name):
-            parts.append(_table(DISPUTED, disputes(rows)))
+            parts.append(table(DISPUTED, disputes(rows)))
     return parts
 
 
@@ -131,39 +131,39 @@ def _verdicts(pairs: Sequence[Mapping[str, Any]]) -> str:
         for pair in pairs
     ]
     notes = dict.fromkeys(pair["note"] for pair in pairs if "note" in pair)
-    return "\n\n".join([_table(header, rows), *(f"Note: {_md(note)}." for note in notes)])
+    return "\n\n".join([table(header, rows), *(f"Note: {md(note)}." for note in notes)])
 
 
 def _groups(comparison: Comparison, benchmark: str, prefix: str = "") -> str:
-    return _table(*by_group(comparison, benchmark, prefix))
+    return table(*by_group(comparison, benchmark, prefix))
 
 
 def _did(comparison: Comparison, label: str) -> str:
     run = comparison.runs_of(label)[0]
     fields = ", ".join(f"{key} = {value}" for key, value in facts(run.get("config") or {}))
-    lines = [f"**{_md(label)}** ({_md(run['method'])}{_md('; ' + fields) if fields else ''}): "]
-    lines[0] += _md(listed(stage_line(stage) for stage in run["stages"])) + "."
+    lines = [f"**{md(label)}** ({md(run['method'])}{md('; ' + fields) if fields else ''}): "]
+    lines[0] += md(listed(stage_line(stage) for stage in run["stages"])) + "."
     if purposes := comparison.purposes(label):
-        lines.append(f"- {_md(purposes)}")
+        lines.append(f"- {md(purposes)}")
     for name, values in comparison.notes(label).items():
         said = "a histogram, see report.html" if is_histogram(values[0]) else over_runs(values)
-        lines.append(f"- {_md(name)}: {_md(said)}")
+        lines.append(f"- {md(name)}: {md(said)}")
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 
 
 def _mechanisms(label: str, rows: Sequence[Mapping[str, Any]]) -> str:
     header = [label, "value", "95 % interval", "cases", "problems"]
-    return _table(header, scorecard(rows))
+    return table(header, scorecard(rows))
 
 
 def _snr(found: Mapping[str, Any]) -> list[str]:
-    parts = ["\n".join(f"- {_md(line)}." for line in snr.sentences(found))]
-    parts.append(_md(f"{snr.conditions(found)} {snr.MEANING}"))
+    parts = ["\n".join(f"- {md(line)}." for line in snr.sentences(found))]
+    parts.append(md(f"{snr.conditions(found)} {snr.MEANING}"))
     for name, loss in found["losses"].items():
-        parts += [f"**{_md(name)}**", _table(snr.HEADER, snr.table(loss))]
-        parts.append(_table(snr.EXPONENTS, snr.exponents(loss)))
+        parts += [f"**{md(name)}**", table(snr.HEADER, snr.table(loss))]
+        parts.append(table(snr.EXPONENTS, snr.exponents(loss)))
         if rows := snr.kernels(loss):
-            parts += [_table(snr.KERNELS, rows), f"{snr.fed_back(loss)}."]
+            parts += [table(snr.KERNELS, rows), f"{snr.fed_back(loss)}."]
     return parts
 
 
@@ -172,17 +172,17 @@ def stage_line(stage: Mapping[str, Any]) -> str:
     return f"{stage['name']}: {stage.get('steps', 0)} steps of {stage.get('objective', '?')} on {stage.get('examples', 0)} examples"
 
 
-def _facts(data: Mapping[str, Any]) -> str:
-    return "\n".join(f"- {_md(key)}: {_md(text)}" for key, text in facts(data))
+def bullets(data: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {md(key)}: {md(text)}" for key, text in facts(data))
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, *rows]
-    body = ["| " + " | ".join(_md(cell) for cell in line) + " |" for line in lines]
+    body = ["| " + " | ".join(md(cell) for cell in line) + " |" for line in lines]
     return "\n".join([body[0], "|" + " --- |" * len(header), *body[1:]])
 
 
-def _md(text: str) -> str:
+def md(text: str) -> str:
     """One line of text that Markdown shows as it is."""
     text = text.replace("\\", "\\\\")
     text = re.sub(r"(?<!\w)_|_(?!\w)", r"\_", text)  # inside a word it means nothing

@@ -12,11 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup, escape
+from scipy.spatial import Delaunay
 
 WIDTH, HEIGHT = 360, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 30, 42
 NUM_COLOURS = 8  # --c0 to --c7 in the style sheet
+NUM_BANDS = 7  # --r0 to --r6, from low to high
+MOST_PLACES = 12  # ticks of an axis of whole numbers, if there is one for each
 DASHES = ("", "6 3", "2 3")
 # Markers around the origin, about 9 units across: circle, square, triangle, diamond, cross.
 SHAPES = (
@@ -133,6 +137,7 @@ def xy(
     shares: bool = False,
     log_x: bool = False,
     whole_x: bool = False,
+    x_names: Sequence[str] = (),  # of the places 0, 1, ... on a categorical axis
     level: tuple[str, float] | None = None,  # a dashed horizontal line and its name
     marks: Sequence[tuple[float, str]] = (),  # named vertical lines
 ) -> Markup:
@@ -146,13 +151,20 @@ def xy(
     left, right, bottom, top = LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM, TOP
     if log_x:
         x = Scale(min(xs) / 1.25, max(xs) * 1.25, left, right, log=True)
+    elif x_names:
+        x = Scale(-0.5, len(x_names) - 0.5, left, right)
     elif whole_x:
         x = Scale(min(xs) - 0.3, max(xs) + 0.3, left, right)
     else:
         x = linear(xs, left, right)
     y = (share_scale if shares else linear)(ys, bottom, top)
-    x_ticks = sorted(set(xs)) if whole_x else x.ticks(5)
-    parts = [_axes(x, y, [(v, _tick(v)) for v in x_ticks], shares, x_label, y_label)]
+    places = sorted(set(xs))
+    x_ticks = places if whole_x and len(places) <= MOST_PLACES else x.ticks(5)
+    named = [(v, _tick(v)) for v in x_ticks]
+    if x_names:
+        most = max(3, 46 // len(x_names))
+        named = [(float(at), shorten(name, most)) for at, name in enumerate(x_names)]
+    parts = [_axes(x, y, named, shares, x_label, y_label)]
     for at, name in marks:
         parts.append(_rule(x(at), name))
     if level:
@@ -220,6 +232,122 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[float], style
     return _titled(title, height, [axes, *bars])
 
 
+def bars(title: str, rows: Sequence[tuple[str, float]], style: Style) -> Markup:
+    """One bar a row, shares of a whole."""
+    label_width, row = 118, 24
+    height = TOP + row * len(rows) + 8
+    x = Scale(0, max(value for _, value in rows) or 1.0, label_width, WIDTH - RIGHT - 40)
+    parts = [
+        Markup(
+            '<text x="{}" y="{}" text-anchor="end">{}<title>{}</title></text>'
+            '<rect x="{}" y="{}" width="{}" height="{}" style="fill:{}"/><text class="tick" x="{}" y="{}">{}</text>'
+        ).format(
+            label_width - 10,
+            _n(at + 4),
+            shorten(name, 17),
+            name,
+            label_width,
+            _n(at - 7),
+            _n(x(value) - label_width),
+            14,
+            style.colour,
+            _n(x(value) + 6),
+            _n(at + 4),
+            f"{100 * value:.0f} %",
+        )
+        for at, (name, value) in ((TOP + row * (i + 0.5), each) for i, each in enumerate(rows))
+    ]
+    return _titled(title, height, parts)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A point of a surface; without a value it is drawn hollow and shapes nothing."""
+
+    x: float
+    y: float
+    value: float | None  # a fraction
+    said: str
+    best: bool = False
+    default: bool = False
+
+
+Vertex = tuple[float, float, float]  # x, y, value
+
+
+def contour(
+    title: str,
+    spots: Sequence[Spot],
+    x_label: str,
+    y_label: str,
+    *,
+    x_range: Sequence[float] = (),  # shown at least
+    y_range: Sequence[float] = (),
+    log_x: bool = False,
+    log_y: bool = False,
+    note: str = "",
+) -> Markup:
+    """Spots coloured by value over bands of the piecewise linear surface through them; nothing outside their hull."""
+    bottom = TOP + 200
+    x = _searched([*x_range, *(s.x for s in spots)], LEFT, WIDTH - RIGHT, log_x)
+    y = _searched([*y_range, *(s.y for s in spots)], bottom, TOP, log_y)
+    measured = [(s, s.value) for s in spots if s.value is not None]
+    parts = [
+        _axes(x, y, [(v, _tick(v)) for v in x.ticks(5)], False, x_label, ""),
+        _upright(y_label, (TOP + bottom) / 2),
+    ]
+    if measured:
+        low, high = min(v for _, v in measured), max(v for _, v in measured)
+        flat = triangles([(x(s.x), y(s.y), v) for s, v in measured], x, y)
+        if high > low:
+            parts += _bands(flat, low, high)
+            parts.append(_colour_scale(bottom + 52, low, high))
+    drawn = sorted(spots, key=lambda s: (s.best, s.default, s.value is not None))
+    parts += [
+        _spot(s, x(s.x), y(s.y), _colour(s.value, low, high) if measured else "") for s in drawn
+    ]
+    under = bottom + 92
+    parts.append(_spot_legend(spots, under))
+    lines = textwrap.wrap(note, 62)
+    parts += [
+        Markup('<text class="tick" x="4" y="{}">{}</text>').format(under + 22 + 14 * i, line)
+        for i, line in enumerate(lines)
+    ]
+    return _titled(title, under + 14 + 14 * len(lines), parts)
+
+
+def triangles(points: Sequence[Vertex], x: Scale, y: Scale) -> list[tuple[Vertex, Vertex, Vertex]]:
+    """Delaunay's, of pixels stretched to the unit square, where equal points count once with their mean value.
+
+    None where fewer than four points differ, or all lie on a line.
+    """
+    at: dict[tuple[float, float], list[float]] = {}
+    for a, b, value in points:
+        at.setdefault((a, b), []).append(value)
+    corners = [(a, b, sum(values) / len(values)) for (a, b), values in at.items()]
+    unit = np.array(
+        [
+            ((a - x.start) / (x.end - x.start), (b - y.start) / (y.end - y.start))
+            for a, b, _ in corners
+        ]
+    )
+    if len(corners) < 4 or np.linalg.matrix_rank(unit - unit.mean(0), tol=1e-6) < 2:
+        return []
+    return [(corners[i], corners[j], corners[k]) for i, j, k in Delaunay(unit).simplices.tolist()]
+
+
+def above(corners: Sequence[Vertex], level: float) -> list[tuple[float, float]]:
+    """The part of a triangle where its plane is at least `level`, as a polygon; empty if there is none."""
+    found: list[tuple[float, float]] = []
+    for (ax, ay, a), (bx, by, b) in zip(corners, [*corners[1:], corners[0]], strict=True):
+        if a >= level:
+            found.append((ax, ay))
+        if (a >= level) != (b >= level):
+            t = (level - a) / (b - a)
+            found.append((ax + t * (bx - ax), ay + t * (by - ay)))
+    return found if len(found) > 2 else []
+
+
 def reliability(
     name: str, said: str, bins: Sequence[Mapping[str, Any]], style: Style, *, width: int = 240
 ) -> Markup:
@@ -237,11 +365,11 @@ def reliability(
         for place, (kind, text) in enumerate([*(("title", each) for each in lines), ("", said)])
     ]
     parts.append(_axes(x, y, [(v, _tick(v)) for v in x.ticks()], False, "mean prediction", ""))
+    parts.append(_upright("share that came true", y(0.5)))
     parts.append(
-        Markup(
-            '<text class="label" transform="translate(13 {}) rotate(-90)" text-anchor="middle">share that came true</text>'
-            '<path class="rule" d="M{} {}L{} {}"/>'
-        ).format(_n(y(0.5)), _n(x(0)), _n(y(0)), _n(x(1)), _n(y(1)))
+        Markup('<path class="rule" d="M{} {}L{} {}"/>').format(
+            _n(x(0)), _n(y(0)), _n(x(1)), _n(y(1))
+        )
     )
     most = max(each["n"] for each in bins)
     for each in bins:
@@ -332,6 +460,13 @@ def _axes(
     return Markup("").join(parts)
 
 
+def _upright(label: str, y: float) -> Markup:
+    """The name of the vertical axis, along it."""
+    return Markup(
+        '<text class="label" transform="translate(13 {}) rotate(-90)" text-anchor="middle">{}</text>'
+    ).format(_n(y), label)
+
+
 def _series(series: Series, x: Scale, y: Scale, shares: bool) -> Markup:
     style, parts = series.style, []
     places = [(x(a) + series.shift, y(b)) for a, b in series.points]
@@ -366,6 +501,101 @@ def _level(y: float, name: str) -> Markup:
     return Markup(
         '<path class="rule" d="M{} {}H{}"/><text class="tick" x="{}" y="{}" text-anchor="end">{}</text>'
     ).format(LEFT, _n(y), WIDTH - RIGHT, WIDTH - RIGHT, _n(y - 4), shorten(name, 40))
+
+
+def _searched(values: Sequence[float], start: float, end: float, log: bool) -> Scale:
+    """A scale of a searched range."""
+    if log:
+        return Scale(min(values) / 1.15, max(values) * 1.15, start, end, log=True)
+    return linear(values, start, end)
+
+
+def _bands(flat: Sequence[tuple[Vertex, Vertex, Vertex]], low: float, high: float) -> list[Markup]:
+    """Each band painted over the lower ones, so that no seam shows between them."""
+    parts = []
+    for band in range(NUM_BANDS):
+        level = low + (high - low) * band / NUM_BANDS
+        polygons = [polygon for corners in flat if (polygon := above(corners, level))]
+        path = "".join("M" + "L".join(f"{_n(a)} {_n(b)}" for a, b in p) + "z" for p in polygons)
+        if path:
+            parts.append(Markup('<path d="{}" style="fill:var(--r{})"/>').format(path, band))
+    return parts
+
+
+def _colour(value: float | None, low: float, high: float) -> str:
+    if value is None:
+        return ""
+    share = (value - low) / (high - low) if high > low else 0.5
+    return f"var(--r{min(NUM_BANDS - 1, int(share * NUM_BANDS))})"
+
+
+def _colour_scale(top: float, low: float, high: float) -> Markup:
+    """The bands with their bounds, in percent."""
+    left, right = LEFT, WIDTH - RIGHT - 8
+    width = (right - left) / NUM_BANDS
+    parts = [
+        Markup('<rect x="{}" y="{}" width="{}" height="9" style="fill:var(--r{})"/>').format(
+            _n(left + width * band), _n(top), _n(width + 0.3), band
+        )
+        for band in range(NUM_BANDS)
+    ]
+    for bound in range(NUM_BANDS + 1):
+        value = 100 * (low + (high - low) * bound / NUM_BANDS)
+        parts.append(
+            Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+                _n(left + width * bound),
+                _n(top + 22),
+                f"{value:.1f}" + (" %" * (bound == NUM_BANDS)),
+            )
+        )
+    return Markup("").join(parts)
+
+
+def _spot(spot: Spot, x: float, y: float, colour: str) -> Markup:
+    size, fill = ("4.6", colour) if colour else ("3.6", "var(--paper)")
+    title = Markup("<title>{}</title>").format(spot.said)
+    parts = [_haloed(f'circle cx="{_n(x)}" cy="{_n(y)}" r="{size}"', 1, fill, title)]
+    if spot.best:
+        parts.append(_ring(x, y))
+    if spot.default:
+        parts.append(_frame(x, y))
+    return Markup("").join(parts)
+
+
+def _ring(x: float, y: float) -> Markup:
+    return _haloed(f'circle cx="{_n(x)}" cy="{_n(y)}" r="8"', 2)
+
+
+def _frame(x: float, y: float) -> Markup:
+    return _haloed(f'path d="M{_n(x - 7.5)} {_n(y - 7.5)}h15v15h-15z"', 1.5)
+
+
+def _haloed(shape: str, width: float, fill: str = "none", title: Markup | str = "") -> Markup:
+    """An outline that shows on the palest and on the darkest band."""
+    return Markup(
+        '<{0} style="fill:none;stroke:var(--paper);stroke-width:{1}"/>'
+        '<{0} style="fill:{2};stroke:var(--ink);stroke-width:{3}">{4}</{5}>'
+    ).format(Markup(shape), _n(width + 2), fill, _n(width), title, shape.split()[0])
+
+
+def _spot_legend(spots: Sequence[Spot], y: float) -> Markup:
+    """What ring, frame and hollow mean, where there is one."""
+    hollow = _spot(Spot(0, 0, None, "pruned"), 0, 0, "")
+    known = [
+        (any(s.best for s in spots), _ring(0, 0), "best"),
+        (any(s.default for s in spots), _frame(0, 0), "the suite's own"),
+        (any(s.value is None for s in spots), hollow, "pruned"),
+    ]
+    parts, x = [], LEFT + 4.0
+    for shown, mark, name in known:
+        if shown:
+            parts.append(
+                Markup(
+                    '<g transform="translate({0} {1})">{2}<text class="tick" x="14" y="4">{3}</text></g>'
+                ).format(_n(x), _n(y), mark, name)
+            )
+            x += 32 + 6 * len(name)
+    return Markup("").join(parts)
 
 
 def shorten(text: str, most: int) -> str:
@@ -403,6 +633,18 @@ def legend(styles: Mapping[str, Style]) -> Markup:
     """Names beside their markers."""
     items = [
         Markup("<li>{}{}</li>").format(swatch(style), escape(name))
+        for name, style in styles.items()
+    ]
+    return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
+
+
+def line_legend(styles: Mapping[str, Style]) -> Markup:
+    """Names beside their lines, where no marker tells them apart."""
+    items = [
+        Markup(
+            '<li><svg class="swatch wide" viewBox="0 -6 24 12" aria-hidden="true"><path d="M0 0H24" '
+            'style="fill:none;stroke:{};stroke-width:2;stroke-dasharray:{}"/></svg>{}</li>'
+        ).format(style.colour, style.dash or "none", name)
         for name, style in styles.items()
     ]
     return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))

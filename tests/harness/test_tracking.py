@@ -14,7 +14,9 @@ import urllib.request
 import pytest
 
 from harness import report, tracking
+from harness.report import sweep
 from tests.harness.test_report import example
+from tests.harness.test_sweep_report import confirm, data, pruned, study, trial
 
 pytest.importorskip("mlflow")
 
@@ -103,6 +105,128 @@ def _another_student_replaces_its_run(folder, client, paced, experiment):
     assert new.info.run_id != paced.info.run_id
     assert new.data.metrics["accuracy/micro_math"] == paced.data.metrics["accuracy/micro_math"]
     assert len(runs) == 6
+
+
+def sweep_record(folder, *studies):
+    folder.mkdir(exist_ok=True)
+    found = {**data(*studies, name="tuned"), "student": "micro/student"}
+    (folder / "sweep.json").write_text(json.dumps(found))
+    sweep.write(folder)
+    return tracking.record_sweep(folder)
+
+
+def by_key(client, parent):
+    experiment = client.get_experiment_by_name("tuned").experiment_id
+    runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert len(runs) == len({run.data.tags["retort.key"] for run in runs})
+    return {run.info.run_name: run for run in runs}
+
+
+def test_a_sweep_is_a_run_a_study_and_a_child_a_trial(recorded):
+    """Recorded while trials run, at its end, and once more; in the database that is there."""
+    folder, _, _, client = recorded
+    folder = folder.parent / "sweep_1"
+    unfinished = {"value": None, "ci95": None, "seconds": None, "ledger": None}
+    trials = [
+        trial(0, {"alpha": 1.0, "beta": 1.0}, 0.503),
+        pruned(1, {"alpha": 2.5, "beta": 0.25}),
+        trial(2, {"alpha": 0.4, "beta": 1.7}, None, state="running")
+        | {**unfinished, "points": [{"share": 0.25, "value": 0.4}]},
+        trial(3, {}, None, state="waiting", started=None, points=[]) | unfinished,
+    ]
+    (first,) = sweep_record(folder, study("_paced_", trials, asked=4))
+    assert client.get_run(first).info.status == "RUNNING"
+    before = by_key(client, first)
+    assert {name: run.info.status for name, run in before.items()} == {
+        "_paced_ 000": "FINISHED",
+        "_paced_ 001": "KILLED",
+        "_paced_ 002": "RUNNING",
+        "_paced_ 003": "SCHEDULED",
+    }
+
+    trials[2] = trial(2, {"alpha": 0.4, "beta": 1.7}, 0.521, tries=2, lost={"trained": 70})
+    trials[2]["points"] = [{"share": 0.25, "value": 0.4}, {"share": 0.5, "value": 0.45}]
+    trials[3] = trial(3, {"alpha": 9.0}, None, state="failed", reason="no example left", points=[])
+    trials.append(
+        trial(4, {"alpha": 3.0, "beta": 3.0}, 0.2, points=[{"share": 1.0, "value": 0.21}])
+    )
+    both = [study("_paced_", trials, confirm=confirm("_paced_", 0.3)), study("heal", trials[:2])]
+    again = [sweep_record(folder, *both) for _ in range(2)]
+    assert again[0] == again[1] and again[0][0] == first and len(again[0]) == 2
+
+    parent = client.get_run(first)
+    assert (parent.info.run_name, parent.info.status) == ("sweep _paced_", "FINISHED")
+    tags = parent.data.tags
+    assert (tags["kind"], tags["method"], tags["label"]) == ("sweep", "paced", "_paced_")
+    assert (tags["sampler"], tags["pruner"], tags["student"]) == (
+        "tpe",
+        "wilcoxon",
+        "micro/student",
+    )
+    assert tags["states"] == "3 complete, 1 failed, 1 pruned" and "teacher" not in tags
+    note = tags["mlflow.note.content"]
+    assert "α 0.4, β 1.7 gives 52.1 % on dev" in note and "better |" in note
+    assert "### Trials" not in note and "Tuning heal" not in note
+    assert "Tuning heal" in client.get_run(again[0][1]).data.tags["mlflow.note.content"]
+    metrics = parent.data.metrics
+    assert (metrics["best_value"], metrics["default_value"]) == (0.521, 0.503)
+    assert [metrics[f"trials/{state}"] for state in tracking.STATES] == [3, 1, 0, 0, 1]
+    accuracy = {arm["method"]: arm["accuracy"] for arm in both[0]["confirm"]["arms"]}
+    assert metrics["confirmed_tuned/micro_math"] == pytest.approx(accuracy["_paced_-tuned"])
+    assert metrics["confirmed_default/micro_math"] == pytest.approx(accuracy["_paced_"])
+    assert metrics["spent/flops"] == pytest.approx((4 * 1e12 + 5e11) / 2)
+    assert {item.path for item in client.list_artifacts(first)} == set(tracking.SWEEP_ARTIFACTS)
+
+    after = by_key(client, first)
+    assert len(after) == 5
+    assert {name[-3:]: run.info.status for name, run in after.items()} == {
+        "000": "FINISHED",
+        "001": "KILLED",
+        "002": "FINISHED",
+        "003": "FAILED",
+        "004": "FINISHED",
+    }
+    for number in "012":  # went on in their runs; what was only waiting had no parameters yet
+        name = f"_paced_ 00{number}"
+        assert after[name].info.run_id == before[name].info.run_id
+    tuned, cut, failed = (after[f"_paced_ 00{number}"] for number in (2, 1, 3))
+    assert tuned.data.params == {"alpha": "0.4", "beta": "1.7"}
+    assert (
+        failed.data.params == {"alpha": "9.0"}
+        and failed.data.tags["trial.reason"] == "no example left"
+    )
+    for run in (tuned, cut):
+        assert run.info.end_time - run.info.start_time == 50_000
+    assert (tuned.data.metrics["dev_accuracy"], cut.data.metrics["dev_accuracy"]) == (0.521, 0.3)
+    assert tuned.data.metrics["charged/flops"] == 1e12 and tuned.data.metrics["spent/flops"] == 5e11
+    assert tuned.data.metrics["lost/trained"] == 70
+    tags = tuned.data.tags
+    assert (tags["trial.state"], tags["trial.number"], tags["trial.tries"]) == (
+        "complete",
+        "2",
+        "2",
+    )
+    assert (tags["default"], after["_paced_ 000"].data.tags["default"]) == ("false", "true")
+    assert cut.data.tags["trial.reason"] == "pruned at 50 % of the budget"
+    history = {
+        number: sorted(
+            (point.step, point.value)
+            for point in client.get_metric_history(
+                after[f"_paced_ 00{number}"].info.run_id, "dev_accuracy"
+            )
+        )
+        for number in (1, 2, 4)
+    }
+    assert history == {
+        1: [(25, 0.28), (50, 0.3)],
+        2: [(25, 0.4), (50, 0.45), (100, 0.521)],
+        4: [(100, 0.2)],
+    }
+
+
+def test_a_sweep_that_cannot_be_recorded_costs_one_line(tmp_path, capsys):
+    assert tracking.record_sweep(tmp_path, uri=f"sqlite:///{tmp_path / 'x.db'}") is None
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_failure_is_one_line_and_no_error(tmp_path, capsys):
