@@ -47,6 +47,9 @@ def compare(
     methods: Arms = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds of each arm.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Problems of each benchmark.")] = None,
+    tuned: Annotated[
+        bool, typer.Option("--tuned", help="Each arm at the best setting of its sweep.")
+    ] = False,
     set_: Set = None,
     results: Results = RESULTS,
     executor: Annotated[str, typer.Option(help="Where cells run; this version: local.")] = "local",
@@ -62,6 +65,7 @@ def compare(
         methods=_names(methods),
         seeds=seeds,
         limit=limit,
+        tuned=tuned,
         overrides=set_ or (),
         results=results,
     )
@@ -71,6 +75,65 @@ def compare(
         out.print(f"Report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
         other = "" if results == RESULTS else f" --results {results}"
         out.print(f"Browse the runs in MLflow: retort ui{other}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sweep(
+    suite: Suite,
+    method: Annotated[str | None, typer.Option(help="The arm to tune.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Tune every arm, with the same effort for each.")
+    ] = False,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Trials of each arm, over all workers and calls.")
+    ] = 40,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Trials at a time; default: the suite's workers.")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="tpe, random, qmc or grid.")] = "tpe",
+    pruner: Annotated[
+        str,
+        typer.Option(
+            help="wilcoxon (on the outcome of each dev problem), median, halving or none."
+        ),
+    ] = "wilcoxon",
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="A database for many machines, e.g. postgresql+psycopg://…; default: a journal file, results/NAME/study.log."
+        ),
+    ] = None,
+    set_: Set = None,
+    results: Results = RESULTS,
+) -> None:
+    """Tune an arm's hyperparameters on dev problems, and confirm the best on fresh seeds. Resumes where it was cut."""
+    from harness.report import sweep as said
+    from harness.sweep import sweep as run
+
+    if (method is None) != every:
+        raise ValueError("say which arm to tune with --method NAME, or tune all with --all")
+    found = run(
+        suite,
+        method,
+        trials=trials,
+        workers=workers,
+        sampler=sampler,
+        pruner=pruner,
+        storage=storage,
+        overrides=set_ or (),
+        results=results,
+    )
+    for study in found["studies"]:
+        said.terminal(study)
+    if len(found["studies"]) > 1:
+        said.board(found)
+    folder = results / found["name"]
+    out.print(f"Report: {folder / 'sweep.html'}", highlight=False, soft_wrap=True)
+    out.print(
+        f"All arms at their best setting: retort compare {suite} --tuned",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command("eval")

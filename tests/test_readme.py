@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from harness import registry
+from harness import config, registry
+from harness.space import space
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,6 +78,16 @@ def test_the_example_method_is_a_whole_method(monkeypatch: pytest.MonkeyPatch) -
         registry._METHODS.clear()
         registry._METHODS.update(registered)
     assert len(run.losses) == 4 and run.examples[0]
+
+
+def test_the_sweep_section_is_valid() -> None:
+    suite = config.load(ROOT / "benchmarks/suites/quickstart.yaml")
+    section = yaml.safe_load(block("yaml", "sweep:"))
+    setting = config.parse({**suite.model_dump(mode="json"), **section})
+    found = space(setting, "paced")
+    assert list(found.dimensions)[-1] == "switch" and found.dimensions["alpha"].high == 2
+    assert found.fixed == {"rollouts": 16}
+    assert {"training.learning_rate", "budget.steps"} < set(space(setting, "sft").dimensions)
 
 
 def test_every_command_of_the_table_exists() -> None:

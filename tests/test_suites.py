@@ -10,6 +10,7 @@ import pytest
 from benchmarks import SUITES
 from harness import compare, config
 from harness.compare import check
+from harness.space import space
 
 NAMES = sorted(path.stem for path in SUITES.glob("*.yaml"))
 
@@ -19,6 +20,8 @@ def test_every_suite_is_valid(name: str) -> None:
     setting = config.load(SUITES / f"{name}.yaml")
     assert setting.name == name
     check(setting, list(setting.methods))
+    for label in setting.methods:
+        space(setting, label)
 
 
 def test_the_suites_were_found() -> None:

@@ -47,8 +47,29 @@ def test_help_lists_the_commands() -> None:
         "doctor",
         "cache",
         "mechanisms",
+        "sweep",
     ):
         assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ((), "say which arm to tune with --method NAME, or tune all with --all"),
+        (("--method", "sft", "--all"), "say which arm to tune"),
+        (("--method", "sft", "--set", "sweep.objective=micro_math"), "is a test benchmark"),
+        (("--method", "sft", "--set", "sweep.samples.high=0.5"), "is out of the field's bounds"),
+        (("--method", "paced", "--set", "sweep.share=2"), "less than or equal to 1 (got 2)"),
+        (("--method", "paced", "--storage", "postgresq://u:word@h/d"), "cannot use postgresq://"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_line(
+    words: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    done = retort("sweep", "quickstart", *words, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "word" not in done.stderr
+    assert done.stderr.startswith("retort: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "results" / "mlflow.db").exists()
 
 
 def test_methods_lists_all_and_shows_one() -> None:
