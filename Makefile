@@ -11,7 +11,7 @@ demo: setup
 	$(BIN)/retort compare quickstart
 
 test: setup lint types
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 setup: $(VENV)/.installed
 
