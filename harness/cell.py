@@ -269,7 +269,10 @@ def loaders(experiment: Experiment, student: HFModel) -> dict[str, Callable[[], 
 
 def training_problems(job: Job) -> list[Problem]:
     """The problems that the comparison prepared: loaded once, decontaminated, the same for every cell."""
-    path = job.folder / "problems.jsonl"
+    return read_problems(job.folder / "problems.jsonl")
+
+
+def read_problems(path: Path) -> list[Problem]:
     return [Problem(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -129,8 +130,10 @@ def sweep(
         said.board(found)
     folder = results / found["name"]
     out.print(f"Report: {folder / 'sweep.html'}", highlight=False, soft_wrap=True)
+    again = ["", *(f"--set {shlex.quote(each)}" for each in set_ or ())]
+    again += [] if results == RESULTS else [f"--results {results}"]
     out.print(
-        f"All arms at their best setting: retort compare {suite} --tuned",
+        f"All arms at their best setting: retort compare {suite} --tuned{' '.join(again)}",
         highlight=False,
         soft_wrap=True,
     )

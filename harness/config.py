@@ -219,6 +219,11 @@ class Experiment(Frozen):
                 raise ValueError(
                     f"methods.{label}.method: a method's name, got {fields['method']!r}"
                 )
+            for part in ("training", "budget"):
+                if not isinstance(fields.get(part, {}), Mapping):
+                    raise ValueError(
+                        f"methods.{label}.{part}: a mapping of keys to values, got {fields[part]!r}"
+                    )
         for name, options in self.problems.items():
             if not isinstance(options.get("n", 1), int) or options.get("n", 1) < 1:
                 raise ValueError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from harness import registry
@@ -120,9 +121,7 @@ class Space:
         best: dict[str, list[Any]] | None = None
         for most in itertools.count(2):
             axes = {name: each.values(most) for name, each in self.dimensions.items()}
-            size = 1
-            for values in axes.values():
-                size *= len(values)
+            size = math.prod(map(len, axes.values()))
             if size > trials or axes == best:
                 break
             best = axes
@@ -132,6 +131,10 @@ class Space:
                 "trials: name fewer fields with sweep.only, or ask for more trials"
             )
         return best
+
+    def size(self, trials: int) -> int:
+        """The points of a grid of at most so many."""
+        return math.prod(map(len, self.grid(trials).values()))
 
     def arm(self, given: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
         """An arm of the suite with what the sweep fixes and a trial's values put in."""
@@ -158,13 +161,17 @@ def space(setting: Experiment, label: str) -> Space:
                 raise ValueError(
                     f"sweep.only: {cls.name} has no field {name!r}: {nearest(name, fields)}"
                 )
-    known = {name: given.get(name, each.default) for name, each in fields.items()}
-    known |= {
-        f"training.{name}": given.get("training", {}).get(name, value)
-        for name, value in setting.training.model_dump().items()
-    }
-    steps = getattr(setting.budget, "steps", None)
+    paper = registry.paper_recipe(cls) if setting.budget == "paper" else {}
+    budget = paper.get("budget", {}) if setting.budget == "paper" else setting.budget.model_dump()
+    steps = budget.get("steps")
+    values = {**paper.get("fields", {}), **given}
+    training = setting.training.model_dump() | paper.get("training", {})
+    known = {name: values.get(name, each.default) for name, each in fields.items()}
+    known |= {f"training.{k}": v for k, v in (training | given.get("training", {})).items()}
     known["budget.steps"] = given.get("budget", {}).get("steps", steps)
+    most = {"budget.steps": steps}
+    if steps is not None:  # in which a larger batch is more training
+        most["training.batch_size"] = known["training.batch_size"]
     dimensions: dict[str, Dimension] = {}
     fixed: dict[str, Any] = {}
     asked = [name for name in searched if only is None or name in only]
@@ -174,8 +181,9 @@ def space(setting: Experiment, label: str) -> Space:
             continue
         if not isinstance(value, Mapping):
             fixed[name] = known[name] = _valid(where, _info(cls, name), value)
+            _within(where, name, value, most)
             continue
-        dimensions[name] = _dimension(where, cls, name, value, steps, searched)
+        dimensions[name] = _dimension(where, cls, name, value, most, searched)
     for name, dimension in dimensions.items():
         for other in dimension.when:
             if other not in known or dimensions.get(other, Dimension("int")).when:
@@ -226,6 +234,12 @@ def tuned(
                 f"--tuned: the sweep of {label} was of another setting ({'; '.join(different[:3])}): "
                 f"say the same here with --set, or run {again} anew"
             )
+        ended = sum(each["state"] in ("complete", "pruned") for each in study["trials"])
+        if ended < study["trials_asked"]:
+            raise ValueError(
+                f"--tuned: the sweep of {label} has ended {ended} of {study['trials_asked']} trials: run {again} to its "
+                "end, or leave it out with --methods"
+            )
         equal[label] = {key: study[key] for key in ("trials_asked", "share", "seeds", "dev")}
         arms[label] = study["best"]["arm"]
         effort[label] = {
@@ -264,13 +278,16 @@ def of(setting: Experiment, label: str) -> dict[str, Any]:
     sweep = ("objective", "dev_problems", "share", "seeds")
     arm = space(setting, label)
     values = {**arm.known, **arm.fixed}
+    shared = {f"training.{name}": value for name, value in setting.training.model_dump().items()}
+    shared["budget.steps"] = getattr(setting.budget, "steps", None)
     found = {
         **{name: data[name] for name in parts},
         "sweep": {name: data["sweep"][name] for name in sweep},
         "arm": {
             name: value
             for name, value in values.items()
-            if name not in arm.dimensions and not name.startswith(SHARED)
+            # of training and budget only what the arm, its paper or the sweep says otherwise
+            if name not in arm.dimensions and not (name in shared and shared[name] == value)
         },
     }
     return dict(json.loads(json.dumps(found, default=str)))  # as it is read back
@@ -330,7 +347,7 @@ def _dimension(
     cls: type[registry.Method],
     name: str,
     value: Mapping[str, Any],
-    steps: int | None,
+    most: Mapping[str, int | None],
     searched: Sequence[str],
 ) -> Dimension:
     try:
@@ -358,13 +375,15 @@ def _dimension(
                 f"{where}: {name} is one of {', '.join(map(str, values))}: give choices: […]"
             )
         chosen = tuple(_valid(where, info, each) for each in named)
-        _within(where, name, max(chosen) if number else None, steps)
+        if not all(each is None or isinstance(each, (str, int, float)) for each in chosen):
+            raise ValueError(f"{where}: choices are numbers, text, true or false, got {named!r}")
+        _within(where, name, max(chosen) if number else None, most)
         return Dimension("choice", choices=chosen, when=when)
     low = usual.get("low") if given.low is None else given.low
     high = usual.get("high") if given.high is None else given.high
     if low is None or high is None:
         raise ValueError(f"{where}: give low and high, got {dict(value)!r}")
-    _within(where, name, high, steps)
+    _within(where, name, high, most)
     low, high = (_valid(where, info, int(v) if whole and v == int(v) else v) for v in (low, high))
     log = bool(usual.get("log")) if given.log is None else given.log
     if not low < high:
@@ -375,12 +394,16 @@ def _dimension(
     return Dimension(kind, low, high, log, num=given.num, when=when)
 
 
-def _within(where: str, name: str, high: Any, steps: int | None) -> None:
-    if name == "budget.steps" and (steps is None or high > steps):
-        most = "is not in steps" if steps is None else f"has {steps}"
-        raise ValueError(
-            f"{where}: at most the steps of the budget, which {most}; got up to {high:g}"
-        )
+def _within(where: str, name: str, high: Any, most: Mapping[str, int | None]) -> None:
+    """Refuse a dimension along which a trial could train on more than its budget."""
+    if name not in most or (most[name] is not None and high <= most[name]):
+        return
+    limit = f"the steps of the budget, which has {most[name]}"
+    if name == "training.batch_size":
+        limit = f"the suite's batch size of {most[name]}, as the budget is in steps"
+    elif most[name] is None:
+        limit = "the steps of the budget, which is not in steps"
+    raise ValueError(f"{where}: at most {limit}; got up to {high:g}")
 
 
 def _info(cls: type[registry.Method], name: str, where: str = "") -> FieldInfo:
@@ -389,8 +412,8 @@ def _info(cls: type[registry.Method], name: str, where: str = "") -> FieldInfo:
     model: type[BaseModel] = cls
     if dot and part == "training":
         model = Training
-    elif dot:
-        return FieldInfo.from_annotation(int)
+    elif dot:  # not the budget's own, which may be None
+        return FieldInfo.from_annotated_attribute(int, Field(gt=0))
     if (key or name) not in model.model_fields:
         of = cls.name if model is cls else part
         raise ValueError(

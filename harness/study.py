@@ -715,7 +715,7 @@ def _work(plan: Plan, objective: Objective, sender: Connection) -> None:
         _Worker(plan, objective, open_study(plan), send).work()
     except KeyboardInterrupt:
         sys.exit(130)
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         send("error", ("ValueError", str(error)))
     except Exception:
         send("error", ("Exception", f"a worker process failed:\n{traceback.format_exc()}"))

@@ -297,7 +297,8 @@ class _Comparison(_Mirror):
 
     def _params(self, run: Row) -> dict[str, str]:
         config = self.summary.get("config", {})
-        shared = {name: config[name] for name in ("budget", "training") if name in config}
+        given = {**config, **run}  # an arm may have a training and steps of its own
+        shared = {name: given[name] for name in ("budget", "training") if name in given}
         return _params({**run.get("config", {}), **shared, "seed": run["seed"]})
 
     def _scores(self, run: Row) -> dict[str, float]:

@@ -20,6 +20,7 @@ RANK = {
     "fewshot": 4,
     "space": 3,
     "sweep": 9,
+    "trial": 8,
     "models": 4,
     "study": 4,
     "progress": 1,

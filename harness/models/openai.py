@@ -90,8 +90,8 @@ class JudgeServer:
                 return self._read(reply)
             trouble = f"status {reply.status_code}: {reply.text[:200]}"
             if reply.status_code != BUSY and reply.status_code < 500:
-                raise ValueError(f"{address} refused the question with {trouble}")
-        raise ValueError(f"{address} gave no answer in {self.attempts} attempts: {trouble}")
+                raise ConnectionError(f"{address} refused the question with {trouble}")
+        raise ConnectionError(f"{address} gave no answer in {self.attempts} attempts: {trouble}")
 
     def _read(self, reply: httpx2.Response) -> float | None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -371,10 +371,32 @@ def _detectable(pairs: Sequence[Row]) -> str:
 def conditions(comparison: Comparison) -> str:
     """What the verdicts rest on."""
     seeds = ", ".join(map(str, comparison.data_seeds))
-    return (
+    said = (
         f"Verdicts are conditional on the teacher's samples (data_seeds: {seeds}), which methods and training seeds share; "
         "another draw of them could move every number, and a suite with data_seeds: [0, 1] draws them again."
     )
+    return " ".join([said, *_tuning(comparison)])
+
+
+def _tuning(comparison: Comparison) -> Iterator[str]:
+    """How the arms came by their settings, where they were tuned."""
+    tuned = comparison.summary.get("tuned")
+    if not tuned:
+        return
+    arms = "; ".join(
+        f"{label}: {', '.join(f'{name} {_brief(value)}' for name, value in each['params'].items())}"
+        for label, each in tuned.items()
+    )
+    trials = ", ".join(sorted({str(each["trials"]) for each in tuned.values()}))
+    flops = sum(each["ledger"]["charged"]["flops"] for each in tuned.values())
+    yield (
+        f"Arms are at the best setting of their sweep, {trials} trials each on dev problems ({amount('flops', flops)} FLOPs in all): "
+        f"{arms}. Arms that are not named had nothing to tune."
+    )
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 HOW_TO_READ = (

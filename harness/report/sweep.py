@@ -301,10 +301,16 @@ def trial_lines(study: Study) -> list[list[str]]:
             "–"
             if not trial["ledger"]
             else reading.amount("flops", trial["ledger"]["charged"]["flops"]),
-            trial["reason"] or "",
+            trial["reason"] or _copied(trial),
         ]
         for trial in order
     ]
+
+
+def _copied(trial: Row) -> str:
+    """Why a trial cost nothing."""
+    number = trial.get("same_as")
+    return "" if number is None else f"the same setting as trial {number}"
 
 
 def _marks(study: Study, trial: Row) -> str:

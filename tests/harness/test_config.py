@@ -97,6 +97,11 @@ def test_method_fields_are_checked_with_their_label() -> None:
         registry.build("paced", {"alpha": 21.0}, "suite.yaml")
     with pytest.raises(ValueError, match=r"unknown method 'pacd'.*did you mean 'paced'"):
         registry.build("x", {"method": "pacd"}, "suite.yaml")
+    for part, given in (("training", 5), ("budget", "paper")):
+        data = {"name": "s", "student": "a", "teacher": "b", "problems": [], "benchmarks": []}
+        data |= {"budget": {"steps": 9}, "reference": "base", "methods": {"paced": {part: given}}}
+        with pytest.raises(ValueError, match=rf"methods.paced.{part}: a mapping .*got {given!r}"):
+            config.parse(data)
 
 
 def test_the_hash_is_of_what_decides_results(suite: Path) -> None:

@@ -116,15 +116,17 @@ def test_a_busy_server_is_asked_again(server: Server, status: int) -> None:
 
 def test_it_gives_up_and_says_where(server: Server) -> None:
     server.failures = 100
-    with pytest.raises(ValueError, match=rf"{server.url}/chat.* in 3 attempts: status 503: .*not"):
+    with pytest.raises(
+        ConnectionError, match=rf"{server.url}/chat.* in 3 attempts: status 503: .*not"
+    ):
         judge(server, attempts=3).reward([("0.5", "")])
     assert len(server.seen) == 3
     server.status = 401
-    with pytest.raises(ValueError, match=r"/chat/completions refused .* status 401"):
+    with pytest.raises(ConnectionError, match=r"/chat/completions refused .* status 401"):
         judge(server).reward([("0.5", "")])
     assert len(server.seen) == 4
     gone = JudgeServer("http://127.0.0.1:9", "m", attempts=2, pause=0.001)
-    with pytest.raises(ValueError, match=r"127.0.0.1:9/chat.* in 2 attempts: ConnectError"):
+    with pytest.raises(ConnectionError, match=r"127.0.0.1:9/chat.* in 2 attempts: ConnectError"):
         gone.reward([("0.5", "")])
 
 

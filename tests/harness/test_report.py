@@ -773,3 +773,17 @@ def test_samples_without_a_second_verdict_have_no_disagreements(written, compari
     assert comparison.disputes == {} and "second extractor" not in written["report.html"]
     assert comparison.sampled("micro_math") == "one sample a problem, greedy"
     assert comparison.sampled("micro_code") == "" and comparison.sampled("micro_math/high") != ""
+
+
+def test_a_tuned_comparison_says_what_tuning_took(tmp_path):
+    folder = example(tmp_path, arms=["sft", "paced"], seeds=2, problems=30)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert "best setting" not in reading.conditions(reading.Comparison(summary))
+    cost = {"charged": {"flops": 1.5e12}}
+    summary["tuned"] = {
+        "sft": {"trials": 12, "params": {"samples": 8}, "dev": 0.4, "ledger": cost},
+        "paced": {"trials": 12, "params": {"alpha": 0.4321}, "dev": 0.5, "ledger": cost},
+    }
+    said = reading.conditions(reading.Comparison(summary))
+    assert "12 trials each on dev problems (3.0e12 FLOPs in all)" in said
+    assert "sft: samples 8; paced: alpha 0.432." in said

@@ -7,9 +7,9 @@ from typing import Any
 import optuna
 import pytest
 
-from harness import cell
+from harness import cell, registry
 from harness.config import Experiment, parse
-from harness.space import changed, space
+from harness.space import Dimension, changed, of, space
 
 SUITE: dict[str, Any] = {
     "name": "s",
@@ -118,6 +118,8 @@ def test_a_grid_has_at_most_so_many_points() -> None:
     assert space(suite(named), "paced").grid(12)["alpha"] == [0.0, 1.0, 2.0, 3.0]
     logged = {"paced": {"only": [], "rollouts": {"low": 4, "high": 16, "log": True, "num": 3}}}
     assert space(suite(logged), "paced").grid(5) == {"rollouts": [4, 8, 16]}
+    assert 1e-4 * (0.03 / 1e-4) ** 1.0 != 0.03  # and yet the last is exactly the end of the range
+    assert Dimension("float", 1e-4, 0.03, log=True).values(2) == [1e-4, 0.03]
     with pytest.raises(ValueError, match="4 points at least, and there are 3 trials"):
         found.grid(3)
     when = {"paced": {"only": ["alpha"], "alpha": {"when": {"track": ["distillation"]}}}}
@@ -150,7 +152,17 @@ def test_a_grid_has_at_most_so_many_points() -> None:
             {"budget": {"steps": {"choices": [1, 90]}}},
             "at most the steps.*which has 80; got up to 90",
         ),
+        ({"budget": {"steps": 90}}, "at most the steps.*which has 80; got up to 90"),
+        ({"budget": {"steps": {"low": 0, "high": 9}}}, "0 is out of the field's bounds.*than 0"),
+        (
+            {"training": {"betas": {"choices": [[0.9, 0.95], [0.9, 0.99]]}}},
+            "choices are numbers, text, true or false",
+        ),
         ({"budget": {"steps": {"low": 1, "high": 90}}}, "at most the steps.*which has 80"),
+        (
+            {"training": {"batch_size": {"low": 8, "high": 65}}},
+            "at most the suite's batch size of 64, as the budget is in steps; got up to 65",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(sweep: dict[str, Any], said: str) -> None:
@@ -163,6 +175,63 @@ def test_a_field_that_is_not_searched_can_only_be_fixed() -> None:
     with pytest.raises(ValueError, match=r"limo does not search .*searchable are weak_k"):
         limo = {"methods": {"limo": {}}, "reference": "limo"}
         space(suite({"words": {"low": 0, "high": 1}}, **limo), "limo")
+
+
+def test_a_paper_budgets_own_setting_is_the_papers() -> None:
+    """Its learning rate and fields are the default that a sweep starts from, and its steps are the most."""
+    more = {"methods": {"fkl": {}}, "reference": "fkl", "budget": "paper"}
+    recipe = registry.paper_recipe(registry.get("fkl"))
+    rate, steps = recipe["training"]["learning_rate"], recipe["budget"]["steps"]
+    ranges = {
+        "training": {"learning_rate": {"low": 1e-7, "high": 1e-2, "log": True}},
+        "budget": {"steps": {"low": 100, "high": steps}},
+    }
+    found = space(suite({"only": [], **ranges}, **more), "fkl")
+    assert rate != suite().training.learning_rate
+    assert found.default == {"training.learning_rate": rate, "budget.steps": steps}
+    ranges["budget"]["steps"]["high"] += 1
+    with pytest.raises(ValueError, match=f"at most the steps of the budget, which has {steps}"):
+        space(suite(ranges, **more), "fkl")
+
+
+def test_what_decides_a_trial_holds_the_arms_own_training() -> None:
+    """Whoever says it: the arm, or the sweep that fixes it."""
+    plain = of(suite(), "paced")
+    assert not any("." in name for name in plain["arm"])  # all as the suite has it
+    methods = {**SUITE["methods"], "paced": {"rollouts": 4, "beta": 2.5}}
+    methods["paced"] |= {"training": {"learning_rate": 0.25}, "budget": {"steps": 60}}
+    for own in (
+        suite(methods=methods),
+        suite({"training": {"learning_rate": 0.25}, "budget": {"steps": 60}}),
+    ):
+        lines = changed(plain, of(own, "paced"))
+        assert "arm.training.learning_rate was not there, is 0.25" in lines
+        assert "arm.budget.steps was not there, is 60" in lines
+    lines = changed(plain, of(suite({"dev_problems": 50}), "paced"))
+    assert lines == ["sweep.dev_problems was 200, is 50"]
+
+
+def test_what_an_arm_says_of_training_wins() -> None:
+    everyones = {"training": {"learning_rate": {"low": 1e-4, "high": 1e-2}}}
+    own = {"paced": {"only": [], "training": {"learning_rate": {"low": 1e-3, "high": 2e-3}}}}
+    assert space(suite({**everyones, **own}), "paced").dimensions[
+        "training.learning_rate"
+    ] == Dimension("float", 1e-3, 2e-3)
+    assert space(suite({**everyones, **own}), "sft").dimensions[
+        "training.learning_rate"
+    ] == Dimension("float", 1e-4, 1e-2)
+    assert 1 not in Dimension("choice", choices=(True, False))
+
+
+def test_a_trials_values_join_the_arms_own() -> None:
+    given = {"rollouts": 4, "training": {"batch_size": 8, "learning_rate": 0.5}}
+    arm = space(suite(), "paced").arm(given, {"alpha": 0.25, "training.learning_rate": 0.125})
+    assert arm == {
+        "method": "paced",
+        "rollouts": 4,
+        "alpha": 0.25,
+        "training": {"batch_size": 8, "learning_rate": 0.125},
+    }
 
 
 def test_what_changed_is_named() -> None:

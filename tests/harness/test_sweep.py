@@ -20,7 +20,8 @@ from harness import cell, compare, problems
 from harness import sweep as sweeps
 from harness.config import Budget, Experiment, parse
 from harness.report.sweep import leaderboard
-from harness.sweep import best_of_n, check_objective, dev_problems, scaled, smaller, sweep
+from harness.sweep import best_of_n, check_objective, sweep
+from harness.trial import _reports, _tell, dev_problems, scaled, smaller, surely_worse
 
 SUITE: dict[str, Any] = {
     "name": "small",
@@ -137,6 +138,32 @@ def test_no_trials_student_stays_on_disk(whole: tuple[Path, dict[str, Any]]) -> 
     assert not [*folder.rglob("*.pt"), *folder.rglob("progress.json")]
 
 
+def test_a_trial_is_the_mean_over_its_seeds(tmp_path: Path) -> None:
+    path = suite(tmp_path, sweep={"seeds": 2, "confirm_seeds": 1})
+    study = tune(path, trials=1)["studies"][0]
+    (row,) = study["trials"]
+    seen = [(p["seed"], p["share"]) for p in row["points"]]
+    assert seen == [(0, 0.5), (0, 1.0), (1, 0.5), (1, 1.0)]
+    ends = [p["value"] for p in row["points"] if p["share"] == 1]
+    assert ends[0] != ends[1] and isclose(row["value"], sum(ends) / 2)
+    assert row["ledger"]["charged"]["steps"] == 16  # 8 of each
+    assert study["confirm"]["seeds"] == [2]
+
+
+def test_a_grid_ends_with_its_points_and_a_second_study_pays_nothing_again(
+    tmp_path: Path,
+) -> None:
+    path = suite(tmp_path, sweep={"confirm_seeds": 0})
+    first = tune(path, "sft", trials=7, sampler="grid")["studies"][0]
+    assert first["trials_asked"] == 2
+    assert sorted(row["params"]["keep"] for row in first["trials"]) == [1, 2]
+    other = f"sqlite:///{tmp_path}/study.db"  # the same trials' folder
+    second = tune(path, "sft", trials=2, sampler="grid", storage=other)["studies"][0]
+    assert [row["value"] for row in second["trials"]] == [row["value"] for row in first["trials"]]
+    assert first["ledger"]["spent"]["steps"] == 16 and second["ledger"]["spent"]["steps"] == 0
+    assert second["ledger"]["charged"]["steps"] == 16
+
+
 def test_what_is_done_is_not_done_again_and_more_trials_add(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +184,8 @@ def _never(*_: Any, **__: Any) -> None:
 def test_looking_changes_nothing(tmp_path: Path) -> None:
     """A student that was looked at on the way, in either kind of stage, is the same to the bit."""
     students = []
-    for points in ([], [0.2, 0.3, 0.8]):
+    # A stage ends at 0.5: a look of its own, unless a point is near, which it then stands for.
+    for points, seen in (([], [0.5]), ([0.2, 0.3, 0.8], [0.2, 0.3, 0.5, 0.8]), ([0.54], [0.54])):
         folder = tmp_path / str(len(points))
         folder.mkdir()
         path = suite(folder, sweep={"points": points, "confirm_seeds": 0})
@@ -165,10 +193,8 @@ def test_looking_changes_nothing(tmp_path: Path) -> None:
         (run,) = (folder / "results/small/sweep/runs").rglob("run.json")
         record = json.loads(run.read_text())
         students.append((record["student"], record["curve"], study["trials"][0]["value"]))
-        # 0.5: a stage ends there
-        wanted = sorted({*points, 0.5, 1.0})
-        assert [p["share"] for p in study["trials"][0]["points"]] == wanted
-    assert students[0] == students[1]
+        assert [p["share"] for p in study["trials"][0]["points"]] == [*seen, 1.0]
+    assert students[0] == students[1] == students[2]
 
 
 def test_a_trial_that_is_surely_worse_is_pruned_and_its_cost_counts(tmp_path: Path) -> None:
@@ -320,6 +346,23 @@ def test_dev_problems_are_nobody_elses(tmp_path: Path) -> None:
     assert dev_problems(only, tmp_path) == {"own": 24, "dropped": 0}
 
 
+def test_dev_problems_are_no_test_problems_whatever_training_may_hold(tmp_path: Path) -> None:
+    tested = problems.load("micro_math", "test")
+    rows = [{"problem": each.prompt, "answer": each.answer} for each in tested[:300]]
+    rows += [{"problem": f"What is {i} plus {i * i}?", "answer": i + i * i} for i in range(300)]
+    story = "A farmer has ten cows and buys some more of them at the market, how many are {} days?"
+    rows += [{"problem": story.format(i), "answer": i} for i in range(100)]  # alike, in both splits
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    setting = parse(changed(problems={"own": {"path": str(train)}}, contamination={"rule": "none"}))
+    compare.prepare(setting, tmp_path)
+    assert dev_problems(setting, tmp_path)["dropped"] > 0
+    dev = [json.loads(line) for line in (tmp_path / "dev.jsonl").read_text().splitlines()]
+    prompts = {each["prompt"] for each in dev}
+    assert prompts and not prompts & {each.prompt for each in tested}
+    assert not any("farmer" in prompt for prompt in prompts)
+
+
 def test_a_share_of_every_part_of_a_budget() -> None:
     budget = smaller(Budget(steps=10, caps={"teacher_generated": 1001, "teacher_scored": 0}), 0.25)
     assert budget.steps == 2 and budget.caps == {"teacher_generated": 251, "teacher_scored": 0}
@@ -350,6 +393,30 @@ def test_a_trials_suite_has_the_arms_own_training_and_steps() -> None:
     assert method.model_dump() == {**whole[0].model_dump(), "alpha": 2.5}
     assert training == whole[1]
     assert isinstance(paper.budget, Budget)
+
+
+def test_a_problem_asked_twice_is_not_two_pairs() -> None:
+    """4 of 40 problems lost in each of two looks: p is 0.13 by either, 0.05 if they were 8 of 80."""
+    import optuna
+
+    with pytest.warns(optuna.exceptions.ExperimentalWarning):
+        pruner = optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=20)
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    looks = [{"seed": 0, "share": share, "value": 1.0, "outcomes": [1] * 40} for share in (0.4, 1)]
+    best = study.ask()
+    for look in looks:
+        _tell(look, best)
+    told = [_reports({**look, "seed": seed}, best).keys() for look in looks for seed in (0, 1)]
+    assert len(set().union(*told)) == 4 * 40  # each look of each seed by itself
+    study.tell(best, 1.0)
+    for lost, ends in ((4, False), (30, True)):
+        trial = study.ask()
+        for look in looks:
+            worse = {**look, "outcomes": [0] * lost + [1] * (40 - lost)}
+            _tell(worse, trial)
+            assert surely_worse(worse, trial) == ends
+        if not ends:
+            assert trial.should_prune()  # pooled
 
 
 def test_the_expected_best_of_n() -> None:
@@ -398,6 +465,20 @@ def test_another_space_or_setting_is_another_study(
     tune(suite(tmp_path, sweep={"confirm_seeds": 0}, workers=2, seeds=5), trials=1)
 
 
+def test_other_problems_under_the_same_name_are_another_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "Trial", Fixed)
+    rows = [{"problem": f"What is {i} plus {i * i}?", "answer": i + i * i} for i in range(400)]
+    train = tmp_path / "train.jsonl"
+    own = {"problems": {"own": {"path": str(train)}}, "sweep": {"confirm_seeds": 0}}
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tune(suite(tmp_path, **own), trials=1)
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows[:300]))
+    with pytest.raises(ValueError, match=r"another sweep: training problems was .*--set name="):
+        tune(suite(tmp_path, **own), trials=2)
+
+
 @dataclass(frozen=True)
 class Fixed:
     experiment: Any
@@ -440,6 +521,14 @@ def test_a_comparison_takes_the_best_settings_of_equal_effort(
     with pytest.raises(ValueError, match=r"not tuned with equal effort .trials_asked was 1, is 2"):
         compare(path, tuned=True, results=results, quiet=True, track=False)
     tune(path, "sft", trials=2)
+    record = results / "small/sweep.json"
+    whole = record.read_text()
+    running = json.loads(whole)  # as it is written while trials run
+    running["studies"][0]["trials"][1]["state"] = "running"
+    record.write_text(json.dumps(running))
+    with pytest.raises(ValueError, match=r"the sweep of sft has ended 1 of 2 trials: run"):
+        compare(path, tuned=True, results=results, quiet=True, track=False)
+    record.write_text(whole)
     with pytest.raises(ValueError, match=r"of another setting .budget.steps was 16, is 2"):
         compare(path, tuned=True, overrides=["budget.steps=2"], results=results, quiet=True)
     ran: list[Experiment] = []

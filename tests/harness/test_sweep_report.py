@@ -179,6 +179,7 @@ def large(label: str = "paced", n: int = 40, space: dict | None = None, seed: in
             continue
         points = [{"share": s, "value": round(value * (0.6 + 0.4 * s), 3)} for s in (0.25, 0.5, 0.75)]  # fmt: skip
         trials.append(trial(number, params, value, points=points))
+    trials[8] |= {"same_as": 3}
     trials[7] |= {"tries": 2, "lost": {"teacher_generated": 1200, "flops": 3e11}}
     trials[9] |= {"state": "failed", "value": None, "ci95": None, "reason": "<b>no|example</b> left", "points": []}  # fmt: skip
     shares = {"alpha": 0.41, "beta": 0.22, "training.learning_rate": 0.2, "rollouts": 0.03, "schedule": 0.14}  # fmt: skip
@@ -482,6 +483,7 @@ def test_trials_are_listed_best_first(written, whole):
     assert by_number["0"][0] == "0 (the suite's own)"
     assert by_number["7"][1] == "complete, 2 tries"
     assert by_number["5"][1] == "pruned" and by_number["5"][-1] == "pruned at 50 % of the budget"
+    assert by_number["8"][-1] == "the same setting as trial 3"
     assert by_number["5"][9:11] == ["–", "–"] and by_number["5"][-2] == "5.0e11"
     switch = table[0].index("switch")
     for row, one in ((by_number[str(t["number"])], t) for t in own["trials"]):

@@ -33,6 +33,7 @@ def recorded(tmp_path_factory):
         os.environ.pop(name, None)
     file = folder / "runs" / "arm1" / "1" / "run.json"
     whole = json.loads(file.read_text())
+    whole["training"] = {"learning_rate": 0.25}  # of this arm alone
     whole["ledger"]["purposes"] = {"teacher_generated": {"hint": 120, "repair": 30}}
     file.write_text(json.dumps({**whole, "curve": whole["curve"][:20]}))
     assert tracking.record(folder)
@@ -70,6 +71,8 @@ def test_round_trip(recorded):
     paced = children["arm1/1"]
     assert paced.data.params["beta"] == "2.0"
     assert paced.data.params["budget.steps"] == "30"
+    assert paced.data.params["training.learning_rate"] == "0.25"
+    assert children["arm1/0"].data.params.get("training.learning_rate") != "0.25"
     assert paced.data.params["seed"] == "1"
     assert paced.data.metrics["purposes/teacher_generated.repair"] == 30
     assert paced.data.tags["method"] == "paced"
