@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,8 @@ import torch
 from harness.verifiers import sandbox
 
 torch.set_num_threads(1)
+# A process of pytest-xdist ignores Ctrl-C, and what a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if sandbox.unusable() is not None:  # tests of bubblewrap itself are skipped there
     os.environ.setdefault(sandbox.FLAG, "fallback")
 
