@@ -8,6 +8,7 @@ with problems crossed with everything and shared by the arms (so comparisons are
 variance of a difference has a part from problems and a part from seeds; both are estimated from mean squares (Searle, Casella
 and McCulloch 1992, "Variance Components", ch. 4), the second pooled over a benchmark's arms, because three seeds of one pair
 alone say almost nothing about it. Any score in [0, 1] per seed and problem will do, so pass@k is compared like accuracy.
+docs/statistics.md says what it comes to, with simulated coverage.
 
 Legend: S training seeds, P problems, n samples per problem.
 """
@@ -23,8 +24,9 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, special
+from scipy import optimize, special, stats
 
+from harness import standing
 from harness.verifiers.second import normalise
 
 Array = NDArray[np.float64]
@@ -273,6 +275,13 @@ class SeedVariance(NamedTuple):
         """sigma^2_seed = between - within, at least 0."""
         return max(0.0, self.between - self.within)
 
+    def draws(self, rng: np.random.Generator, count: int) -> Array:
+        """What the component may be: between * df / chi^2_df - within, at least 0."""
+        if not self.df:
+            return np.zeros(count)
+        drawn = self.between * self.df / rng.chisquare(self.df, count)
+        return np.maximum(0.0, drawn - self.within)
+
 
 NO_SEEDS = SeedVariance(0.0, 0.0, 0, 0)
 
@@ -297,7 +306,7 @@ def seed_variance(scores: Iterable[Array]) -> SeedVariance:
 
 
 class Estimate(NamedTuple):
-    """A mean or a difference with its standard error and Satterthwaite degrees of freedom."""
+    """A mean or a difference with its standard error and the degrees of freedom of its t."""
 
     value: float
     se: float
@@ -339,36 +348,119 @@ def estimate(
 ) -> Estimate:
     """The mean over problems, its variance from problems and from seeds.
 
-    V = s^2_problem / P + runs * sigma^2_seed,  runs = sum of 1 / S over the trained arms that take part
-    df = V^2 / [ (s^2/P)^2 / (P-1) + (runs*between)^2 / df_between + (runs*within)^2 / df_within ]   (Satterthwaite 1946)
-
-    s^2/P already holds the noise of the seeds that were run, hence the component and not the mean square in V. V is at least
-    that of one outcome turned on one problem (`step`), so that an interval does not close because nothing happened to differ;
-    df is at least that of its poorest part, which cutting the component at 0 could undercut.
+    `step` is one outcome turned on one problem: V is at least its variance, so that an interval does not close because nothing
+    happened to differ. `runs` is the sum of 1 / S over the trained arms that take part.
     """
     problems = len(per_problem)
     value = float(per_problem.mean())
     if problems < 2:
         return Estimate(value, 0.0, 0.0)
-    by_problem = max(float(per_problem.var(ddof=1)) / problems, (step / problems) ** 2)
-    variance = by_problem + runs * seeds.component
-    if variance == 0:
+    least = (step / problems) ** 2
+    return _estimate(
+        value, max(float(per_problem.var(ddof=1)) / problems, least), problems, seeds, runs, least
+    )
+
+
+_V, _W = np.polynomial.legendre.leggauss(32)
+_Q = ((_V + 1) / 2) ** 3  # quantiles of chi^2, dense where the seeds' variance is large
+_W = _W / 2 * 3 * ((_V + 1) / 2) ** 2
+
+
+def _estimate(
+    value: float,
+    by_problem: float,  # s^2 / P
+    problems: int,
+    seeds: SeedVariance,
+    runs: float,
+    least: float = 0.0,
+) -> Estimate:
+    """V = (s^2/P - runs * within) + runs * between: the first part, of arms by problems, at least 0 (a quasi-F's; Clark 1973).
+
+    s^2/P holds the noise of the seeds that were run, which between has too, hence the difference. With so few seeds `between` may
+    be small by luck, and Satterthwaite's degrees of freedom are then too many: two arms of two seeds were covered 92 %. The
+    interval is therefore that of the generalised pivot (Weerahandi 1993), which leaves open what the seeds' variance may be,
+
+        P(|D| > h) = E_x[ P(|t_df(x)| > h / sqrt(V(x))) ],  V(x) with between * df_between / x,  x ~ chi^2_{df_between}
+
+    with df(x) = (P-1) max(1, V(x) / (s^2/P))^2 for the part from problems, and df is that of the t which has its 95 % half-width.
+    """
+    if not (seeds.df and runs):
+        return Estimate(value, math.sqrt(by_problem), problems - 1.0 if by_problem else 0.0)
+    rest = max(0.0, by_problem - runs * seeds.within)
+    se = math.sqrt(max(least, rest + runs * seeds.between))
+    if se == 0:
         return Estimate(value, 0.0, 0.0)
-    parts, least = by_problem**2 / (problems - 1), problems - 1
-    if seeds.df and runs:
-        parts += (runs * seeds.between) ** 2 / seeds.df
-        parts += (runs * seeds.within) ** 2 / seeds.df_within
-        least = min(least, seeds.df)
-    return Estimate(value, math.sqrt(variance), max(float(least), variance**2 / parts))
+    between = seeds.between * seeds.df / (2 * special.gammaincinv(seeds.df / 2, _Q))
+    variance = np.maximum(max(least, 1e-9 * se * se), rest + runs * between)
+    floor = max(by_problem, 1e-9 * se * se)
+    df = (problems - 1) * np.maximum(1.0, variance / floor) ** 2
+
+    def excess(ratio: float) -> float:
+        return float(_W @ (2 * special.stdtr(df, -ratio * se / np.sqrt(variance)))) - ALPHA
+
+    widest = 20 * float(special.stdtrit(min(seeds.df, problems - 1), 1 - ALPHA / 2))
+    ratio = float(optimize.brentq(excess, 0.5, widest, xtol=1e-9))
+    most = float(df.max())
+    if ratio <= float(special.stdtrit(most, 1 - ALPHA / 2)):
+        return Estimate(value, se, most)
+    return Estimate(value, se, float(special.stdtridf(1 - ALPHA / 2, ratio)))
+
+
+def planned(
+    problems: int,
+    seeds: int,
+    samples: int = 1,
+    *,
+    arms: int = 2,
+    interaction: float,
+    seed: float,
+    noise: float = 0.0,
+    sampling: float = 0.0,
+) -> Estimate:
+    """The difference of two trained arms as a design will estimate it, before anything is run; `.mde` is what it will find.
+
+    V = 2 interaction / P + (2/S) (seed + (noise + sampling / n) / P)
+
+    The variances are stated, or those of a summary: an arm's `variance` and a pair's `interaction`. `noise` is seed by problem,
+    `sampling` that of one sample; `arms` are the trained arms whose seeds are pooled.
+    """
+    within = (noise + sampling / samples) / problems
+    by_problem = 2 * interaction / problems + 2 / seeds * within
+    if seeds < 2:
+        return Estimate(0.0, math.sqrt(by_problem), problems - 1.0)
+    df = arms * (seeds - 1)
+    pooled = SeedVariance(seed + within, within, df, df * (problems - 1))
+    return _estimate(0.0, by_problem, problems, pooled, 2 / seeds)
 
 
 def difference(
     a: Array, b: Array, seeds: SeedVariance = NO_SEEDS, trained: tuple[bool, bool] = (True, True)
 ) -> Estimate:
     """Mean score of a less that of b, arrays [S, P, n], paired by problem; an untrained arm has no seed variance."""
-    runs = sum(1 / len(y) for y, has_seeds in zip((a, b), trained, strict=True) if has_seeds)
+    runs = _runs(a, b, trained)
     step = min(1 / (y.shape[0] * y.shape[2]) for y in (a, b))
     return estimate(a.mean((0, 2)) - b.mean((0, 2)), seeds, runs, step)
+
+
+def _runs(a: Array, b: Array, trained: tuple[bool, bool]) -> float:
+    return sum(1 / len(y) for y, has_seeds in zip((a, b), trained, strict=True) if has_seeds)
+
+
+def mcnemar(a: Array, b: Array) -> Row:
+    """Problems that only a, or only b, answered right, [1, P, 1] each, and the exact two-sided p   (McNemar 1947)"""
+    only_a, only_b = (int((x > y).sum()) for x, y in ((a, b), (b, a)))
+    return {"b": only_a, "c": only_b, "p": _binomial(only_a, only_b)}
+
+
+def sign_test(a: Array, b: Array) -> Row:
+    """Problems on which a, or b, scores higher over all its samples, and the exact two-sided p."""
+    gap = (a.mean((0, 2)) - b.mean((0, 2))).round(12)
+    wins, losses = int((gap > 0).sum()), int((gap < 0).sum())
+    return {"wins": wins, "losses": losses, "p": _binomial(wins, losses)}
+
+
+def _binomial(wins: int, losses: int) -> float:
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def interval(y: Array, seeds: SeedVariance = NO_SEEDS) -> list[float]:
@@ -488,12 +580,20 @@ def summarise(outcomes: Outcomes, reference: str | None, base: str = "base") -> 
         raise ValueError(
             f"{outcomes.benchmark}: the reference {reference!r} is not among the arms {', '.join(names)}"
         )
-    seeds = seed_variance(outcomes[name].mean(2) for name in names if name != base)
-    return Summary(
-        [row for name in names for row in _cells(outcomes, name)],
-        [_arm(outcomes, name, NO_SEEDS if name == base else seeds) for name in names],
-        _pairs(outcomes, reference, base, seeds),
-    )
+    seeds = _pooled(outcomes, base)
+    rows = pairs(outcomes, reference, base)
+    arms = [_arm(outcomes, name, NO_SEEDS if name == base else seeds) for name in names]
+    places = standing.ranks({arm["method"]: arm["accuracy"] for arm in arms}, rows)
+    best: Mapping[str, float | None] = dict.fromkeys(names)
+    if rows and not any("note" in row for row in rows):
+        best = standing.chance_of_best(
+            {name: outcomes[name].mean((0, 2)) for name in names},
+            {name: 0.0 if name == base else 1 / len(outcomes[name]) for name in names},
+            seeds.draws,
+        )
+    for arm in arms:
+        arm |= {**places[arm["method"]], "p_best": best[arm["method"]]}
+    return Summary([row for name in names for row in _cells(outcomes, name)], arms, rows)
 
 
 def summarise_records(
@@ -545,6 +645,8 @@ def _arm(outcomes: Outcomes, name: str, seeds: SeedVariance) -> Row:
         "ci95": interval(y, seeds),
         "seed_sd": float(y.mean((1, 2)).std(ddof=1)) if len(y) > 1 else None,
     }
+    if seeds.df:
+        row["variance"] = {"seed": seeds.component, "noise": seeds.within * y.shape[1]}
     if all("maj_at_k" in cell for cell in outcomes.cells[name]):
         majorities = [cell["maj_at_k"] for cell in outcomes.cells[name]]
         row["maj_at_k"] = {k: float(np.mean([m[k] for m in majorities])) for k in majorities[0]}
@@ -555,7 +657,13 @@ def _arm(outcomes: Outcomes, name: str, seeds: SeedVariance) -> Row:
     return row
 
 
-def _pairs(outcomes: Outcomes, reference: str | None, base: str, seeds: SeedVariance) -> list[Row]:
+def _pooled(outcomes: Outcomes, base: str) -> SeedVariance:
+    return seed_variance(outcomes[name].mean(2) for name in outcomes.arms if name != base)
+
+
+def pairs(outcomes: Outcomes, reference: str | None, base: str = "base") -> list[Row]:
+    """Every pair of arms once, with its verdict."""
+    seeds = _pooled(outcomes, base)
     rows = [
         _pair(outcomes, a, b, family, base, seeds)
         for a, b, family in _families(list(outcomes.arms), reference, base)
@@ -563,8 +671,10 @@ def _pairs(outcomes: Outcomes, reference: str | None, base: str, seeds: SeedVari
     family = [row for row in rows if not row["exploratory"]]
     for row, p in zip(family, holm([row["p"] for row in family]), strict=True):
         row["p_holm"] = p
-    for row in rows:
+    claims = [1.0 if "note" in row else row["p"] for row in rows]
+    for row, p in zip(rows, holm(claims), strict=True):
         row["verdict"] = _verdict(row)
+        row["p_all"] = p
     return rows
 
 
@@ -607,6 +717,14 @@ def _pair(
         row["note"] = ONE_PROBLEM
     elif any(has and len(outcomes[arm]) < 2 for arm, has in zip((a, b), trained, strict=True)):
         row["note"] = ONE_SEED
+    y, z = outcomes[a], outcomes[b]
+    runs = _runs(y, z, trained)
+    if seeds.df and all(trained):
+        gap = (y.mean((0, 2)) - z.mean((0, 2))).var(ddof=1)
+        row["interaction"] = max(0.0, float(gap) - runs * seeds.within * y.shape[1]) / 2
+    if len(y) == len(z) == 1:
+        single = y.shape[2] == z.shape[2] == 1
+        row |= {"mcnemar": mcnemar(y, z)} if single else {"sign": sign_test(y, z)}
     return row
 
 
