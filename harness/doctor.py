@@ -1,23 +1,47 @@
-"""What would go wrong with a suite, found without training anything."""
+"""What would go wrong with a suite, found without training anything that is kept.
+
+Every finding is one line: what is, why it matters, what to do.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
 
-from harness import evaluation, models, problems, registry
+from harness import cell, evaluation, models, problems, registry, sizes
 from harness.compare import check, experiment, use_data
-from harness.config import Experiment
+from harness.config import Budget, Experiment
+from harness.ledger import Ledger
 from harness.models.hf import HFModel
-from harness.types import LanguageModel, Problem
-from harness.verifiers import sandbox
+from harness.objectives import nll, reverse_kl
+from harness.probe import SMALL, away, spread
+from harness.trainer import Trainer
+from harness.types import (  # fmt: skip
+    Example,
+    LanguageModel,
+    Objective,
+    OffPolicy,
+    Problem,
+    Request,
+    Sampling,
+    Stage,
+    Trace,
+)
+from harness.verifiers import completion, opens_think, sandbox, verify_many
 
 GIB = 2**30
 SAMPLE = 200  # problems whose lengths are looked at
+WRITTEN = 24  # problems that both models answer
+CUT = 0.1  # share of responses cut at max_new_tokens from which that is said; half of them is a problem
+KL = 1e-4  # nats a token: the most that a model may differ from itself, in fp32
+DRIFT = 1e-4  # relative difference of a loss over two cuts of a batch
+PROBE = "What is 2+3?"
+TEXT = f"{completion.OPEN}\n1+1\n\n  2\n{completion.CLOSE}\n2"
 
 
 class Finding(NamedTuple):
@@ -26,79 +50,274 @@ class Finding(NamedTuple):
     text: str
 
 
-def examine(suite: str, overrides: Sequence[str] = ()) -> list[Finding]:
+def examine(suite: str | Experiment, overrides: Sequence[str] = ()) -> list[Finding]:
     """All findings, in the order in which a run would meet them."""
     setting = experiment(suite, overrides)
     use_data(setting)
+    absent = away(setting)
     try:
-        check(setting, list(setting.methods))
+        for label in setting.methods:
+            cell.recipe(setting, label)
+        if not absent:
+            check(setting, list(setting.methods))
     except ValueError as error:
         return [Finding("problem", "suite", str(error))]
     findings = [Finding("ok", "suite", f"{len(setting.methods)} arms, {setting.seeds} seeds")]
-    checkpoints = problems.checkpoints()
-    student = models.load(setting.student, checkpoints=checkpoints)
-    assert isinstance(student, HFModel)
-    teacher = models.load(setting.teacher, checkpoints=checkpoints, tokenizer_of=student)
-    findings += _tokenizers(student, teacher)
-    findings += _templates(student, teacher)
-    findings += _lengths(setting, student)
-    findings += _memory(setting, student, teacher)
+    findings += [
+        Finding(
+            "note",
+            "models",
+            f"{text}: its tokenizer, template and weights could not be looked at; fetch it (`hf download ID`) and ask again",
+        )
+        for text in absent
+    ]
+    if not absent:
+        findings += _loaded(setting)
+    findings += _memory(setting)
+    findings += _disk(setting)
     findings += _extras(setting)
     return findings
 
 
-def _tokenizers(student: LanguageModel, teacher: LanguageModel) -> Iterator[Finding]:
-    sizes = f"student {student.vocabulary} tokens, teacher {teacher.vocabulary}"
-    if student.vocabulary_digest == teacher.vocabulary_digest:
-        yield Finding("ok", "vocabulary", f"the same for both ({sizes})")
-    else:
+def _loaded(setting: Experiment) -> list[Finding]:
+    """What only the models themselves can show."""
+    known = problems.checkpoints()
+    found: list[Finding] = []
+    try:
+        student = cell.student_model(setting.student)
+        teacher = models.load(setting.teacher, checkpoints=known, tokenizer_of=student)
+    except ValueError as error:
+        return [Finding("problem", "models", str(error))]
+    pair: dict[str, LanguageModel] = {"student": student, "teacher": teacher}
+    whole = {name: model for name, model in pair.items() if isinstance(model, HFModel)}
+    for name, model in whole.items():
+        spec = setting.student if name == "student" else setting.teacher
+        found += _weights(name, model, models.find(spec, known)[1])
+        found += _text(name, model, setting)
+        found += _ends(name, model)
+    found += _vocabularies(student, teacher)
+    try:
+        found += _templates(whole, _token_level(setting))
+    except ValueError as error:
+        return [*found, Finding("problem", "chat template", str(error))]
+    found += _lengths(setting, whole)
+    untried = "truncation, self-KL and the loss's invariance were not looked at"
+    if any(each.level == "problem" for each in found):
+        return [
+            *found,
+            Finding("note", "models", f"{untried}: mend the problems above and ask again"),
+        ]
+    if sum(model.num_parameters for model in whole.values()) > SMALL[student.device.type]:
+        text = f"{untried}: the models are too large to be tried here; ask again on a GPU"
+        return [*found, Finding("note", "models", text)]
+    try:
+        found += _behaviour(setting, whole)
+    except ValueError as error:
+        found.append(Finding("problem", "sampling", str(error)))
+    return found
+
+
+def _token_level(setting: Experiment) -> list[str]:
+    """Arms that compare with the teacher's distribution."""
+    return [
+        label
+        for label in setting.methods
+        if "teacher.logits" in cell.recipe(setting, label)[0].required()
+    ]
+
+
+# -- one model --------------------------------------------------------------------------------------
+
+
+def _weights(name: str, model: HFModel, path: Path) -> Iterator[Finding]:
+    wrong = [key for key, value in model.model.state_dict().items() if not value.isfinite().all()]
+    subject = f"{name}'s weights"
+    if wrong:
         yield Finding(
-            "note", "vocabulary", f"differs ({sizes}): only methods that train on text will run"
+            "problem",
+            subject,
+            f"{_some(wrong)} hold values that are not finite, so every loss is NaN: fetch or convert the checkpoint again",
         )
-    if isinstance(student, HFModel) and isinstance(teacher, HFModel):
-        ours, theirs = sorted(student.eos), sorted(teacher.eos)
-        same = set(ours) & set(theirs)
-        text = f"student {ours}, teacher {theirs}"
-        if same:
-            yield Finding("ok", "end tokens", text)
+    random = _absent(model, path)
+    if random:
+        yield Finding(
+            "problem",
+            subject,
+            f"{_some(random)} are not in the checkpoint and start at random: set tie_word_embeddings in config.json if the head is the "
+            "embedding, else fetch the whole checkpoint",
+        )
+    if not wrong and not random:
+        rows = len(model.model.get_output_embeddings().weight)
+        text = f"{model.num_parameters / 1e6:.3g}M, finite"
+        if rows > model.vocabulary:
+            text += f"; the head is padded to {rows} rows, and its logits are cut to the {model.vocabulary} tokens"
+        yield Finding("ok", subject, text)
+
+
+def _absent(model: HFModel, path: Path) -> list[str]:
+    """Parameters that no file of a local checkpoint holds; nothing is said of one whose names are others altogether."""
+    from safetensors import safe_open
+
+    held: set[str] = set()
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            held |= set(tensors.keys())
+    needed = {key for key, _ in model.model.named_parameters()}  # a tied head is no parameter
+    return sorted(needed - held) if held & needed else []
+
+
+def _text(name: str, model: HFModel, setting: Experiment) -> Iterator[Finding]:
+    """Whether text survives the tokenizer, and what it puts around one."""
+    back = model.decode(model.tokenize(TEXT, end=False))
+    subject = f"{name}'s tokenizer"
+    if back != TEXT:
+        dropped = [tag for tag in (completion.OPEN, completion.CLOSE) if tag not in back]
+        if dropped:
+            text = (
+                f'decoding drops {" and ".join(dropped)}, so no answer behind a think is found: set "special": false for them in '
+                "tokenizer.json"
+            )
         else:
+            text = f"{TEXT!r} comes back as {back!r}, so texts are judged that nobody wrote: use the tokenizer's own files, clean-up off"
+        yield Finding("problem", subject, text)
+    tags = [
+        t for t in (completion.OPEN, completion.CLOSE) if len(model.tokenize(t, end=False)) != 1
+    ]
+    if tags:
+        yield Finding(
+            "note",
+            "thinking tags",
+            f"{', '.join(tags)} are several tokens for the {name}, which it must spell out: add them to its tokenizer, or take a "
+            "model that thinks",
+        )
+    else:
+        yield Finding("ok", "thinking tags", f"one token each for the {name}")
+    plain, bare = model.raw(PROBE), model.tokenize(PROBE, end=False)
+    if plain[-1:] != bare[-1:]:
+        raw = [each for each in setting.benchmarks if evaluation.is_raw(each)]
+        yield Finding(
+            "problem" if raw else "note",
+            subject,
+            f"it ends every text with {model.tokenizer.decode(list(plain[-1:]))!r}, so a prompt to continue is over already"
+            f"{' (' + ', '.join(raw) + ')' if raw else ''}: switch add_eos_token off",
+        )
+    begins = model.tokenizer.bos_token_id
+    if model.tokenizer.chat_template and begins is not None and plain[:1] == (begins,):
+        count = model.encode(PROBE)[:2].count(begins)
+        if count != 1:
+            yield Finding(
+                "problem" if count else "note",
+                subject,
+                f"a text begins with {model.tokenizer.bos_token!r} and a rendered prompt has it {count} times, which the model never saw: "
+                "put bos_token once at the start of chat_template.jinja",
+            )
+
+
+def _ends(name: str, model: HFModel) -> Iterator[Finding]:
+    special = set(model.tokenizer.all_special_ids)
+    plain = sorted(i for i in model.eos if i not in special)
+    if plain:
+        yield Finding(
+            "problem",
+            f"{name}'s end tokens",
+            f"{', '.join(f'{i} ({model.tokenizer.decode([i])!r})' for i in plain)} is ordinary text, so responses are cut at it: set "
+            f"eos_token_id in generation_config.json to {model.tokenizer.eos_token_id}",
+        )
+
+
+# -- the pair ---------------------------------------------------------------------------------------
+
+
+def _vocabularies(student: HFModel, teacher: LanguageModel) -> Iterator[Finding]:
+    sizes_ = f"student {student.vocabulary} tokens, teacher {teacher.vocabulary}"
+    if student.vocabulary_digest == teacher.vocabulary_digest:
+        yield Finding("ok", "vocabulary", f"the same for both ({sizes_})")
+    else:
+        text = f"differs ({sizes_}"
+        if isinstance(teacher, HFModel):
+            ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+            other = sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t))
+            text += f"; {_some([repr(t) for t in other])} have other ids or none"
+        yield Finding(
+            "note",
+            "vocabulary",
+            text
+            + "), so the teacher's text is encoded anew and token-level methods are refused: keep to methods that train on text, "
+            "or take a pair of one family",
+        )
+    if isinstance(teacher, HFModel):
+        ends = f"student {sorted(student.eos)}, teacher {sorted(teacher.eos)}"
+        alike = student.vocabulary_digest == teacher.vocabulary_digest
+        if alike and teacher.end not in student.eos:
             yield Finding(
                 "problem",
                 "end tokens",
-                text + ": a response that the teacher ends would not end for the student",
+                f"{ends}: a response that the teacher ends would not end for the student: add the teacher's to eos_token_id in the "
+                "student's generation_config.json",
             )
-    tags = [tag for tag in ("<think>", "</think>") if len(student.tokenize(tag, end=False)) != 1]
-    if tags:
+        else:
+            yield Finding("ok", "end tokens", ends)
+
+
+def _templates(whole: Mapping[str, HFModel], token_level: Sequence[str]) -> Iterator[Finding]:
+    prompts = {name: model.encode(PROBE) for name, model in whole.items()}
+    for name, model in whole.items():
+        told = model.tokenizer.decode(list(prompts[name]))
+        turn = [{"role": "user", "content": PROBE}]
+        closed = model.tokenizer.apply_chat_template(turn, add_generation_prompt=False, return_dict=False)  # fmt: skip
+        if PROBE not in told:
+            yield Finding(
+                "problem",
+                "chat template",
+                f"the {name}'s does not show the question as it is ({told!r}): repair chat_template.jinja",
+            )
+        if tuple(closed) == prompts[name]:
+            yield Finding(
+                "problem",
+                "chat template",
+                f"the {name}'s ignores add_generation_prompt, so the model would go on with the question: let chat_template.jinja open "
+                "the assistant's turn",
+            )
+    opens = {name: opens_think(model) for name, model in whole.items()}
+    if len(set(opens.values())) > 1:
+        (who,) = (name for name, does in opens.items() if does)
         yield Finding(
-            "note", "thinking tags", f"{', '.join(tags)} are several tokens for the student"
+            "problem",
+            "chat template",
+            f"only the {who}'s opens {completion.OPEN}, so the teacher's responses do not fit behind the student's prompt: give both the "
+            "same chat_template.jinja",
         )
-    else:
-        yield Finding("ok", "thinking tags", "one token each")
-
-
-def _templates(student: LanguageModel, teacher: LanguageModel) -> Iterator[Finding]:
-    probe = "What is 2+3?"
-    if "generate" not in teacher.capabilities or not isinstance(teacher, HFModel):
+    elif opens["student"]:
+        yield Finding(
+            "note",
+            "chat template",
+            f"it opens {completion.OPEN}: a response that never closes it is unparsed; leave room in max_new_tokens",
+        )
+    if len(whole) < 2 or whole["student"].vocabulary_digest != whole["teacher"].vocabulary_digest:
         return
-    ours, theirs = student.encode(probe), teacher.encode(probe)
-    if student.vocabulary_digest == teacher.vocabulary_digest and ours != theirs:
+    if prompts["student"] != prompts["teacher"]:
+        ours, theirs = (whole[n].tokenizer.decode(list(prompts[n])) for n in ("student", "teacher"))
+        why = f"student {ours!r}, teacher {theirs!r}"
+        if token_level:
+            text = f"{why}: {', '.join(token_level)} would ask the teacher under the student's prompt, which it was not trained on"
+        else:
+            text = f"{why}: each is asked under its own"
         yield Finding(
-            "note",
+            "problem" if token_level else "note",
             "chat template",
-            "student and teacher render a prompt differently: KL compares them under the student's",
+            text + "; give both the teacher's chat_template.jinja if that is not meant",
         )
     else:
-        yield Finding("ok", "chat template", f"{len(ours)} tokens for a short question")
-    if student.decode(ours).rstrip().endswith("<think>"):
         yield Finding(
-            "note",
-            "chat template",
-            "it opens <think>: a response that never closes it counts as unparsed",
+            "ok", "chat template", f"the same {len(prompts['student'])} tokens for a short question"
         )
 
 
-def _lengths(setting: Experiment, student: HFModel) -> Iterator[Finding]:
-    longest = getattr(student.model.config, "max_position_embeddings", None)
+# -- what they do -----------------------------------------------------------------------------------
+
+
+def _lengths(setting: Experiment, whole: Mapping[str, HFModel]) -> Iterator[Finding]:
+    student = whole["student"]
     sets: dict[str, list[Problem]] = {
         f"training on {name}": problems.load(name, "train", **{**options, "n": SAMPLE})
         for name, options in setting.problems.items()
@@ -112,32 +331,200 @@ def _lengths(setting: Experiment, student: HFModel) -> Iterator[Finding]:
         prompt = max(len(student.encode(problems.render(problem))) for problem in found)
         total = prompt + setting.sampling.max_new_tokens
         text = f"prompts up to {prompt} tokens, with the response {total}"
-        if longest is not None and total > longest:
-            yield Finding("problem", subject, f"{text}, beyond the student's {longest} positions")
+        short = [
+            f"the {name}'s {most} positions"
+            for name, model in whole.items()
+            if (most := getattr(model.model.config, "max_position_embeddings", None))
+            and total > most
+        ]
+        if short:
+            yield Finding(
+                "problem",
+                subject,
+                f"{text}, beyond {' and '.join(short)}, where responses are cut: lower sampling.max_new_tokens, or extend the "
+                "positions (rope_parameters)",
+            )
         elif total > setting.training.max_length:
             yield Finding(
                 "note",
                 subject,
-                f"{text}; examples beyond training.max_length = {setting.training.max_length} are dropped",
+                f"{text}; examples beyond training.max_length = {setting.training.max_length} are dropped: raise it",
             )
         else:
             yield Finding("ok", subject, text)
 
 
-def _memory(setting: Experiment, student: HFModel, teacher: LanguageModel) -> Iterator[Finding]:
-    """Weights, gradients and two Adam moments of the student; the teacher's and the base's weights."""
-    trained = student.num_parameters * (4 + 4 + 8)
-    frozen = getattr(teacher, "num_parameters", 0) + student.num_parameters
-    frozen *= 2 if torch.cuda.is_available() else 4
-    need = (trained + frozen) * setting.workers
-    if torch.cuda.is_available():
+def _behaviour(setting: Experiment, whole: Mapping[str, HFModel]) -> Iterator[Finding]:
+    """What both write on some training problems, and the student's loss on it."""
+    every = [
+        problem
+        for name, options in setting.problems.items()
+        for problem in problems.load(name, "train", **{**options, "n": options.get("n", SAMPLE)})
+    ]
+    some = spread(every, WRITTEN)
+    written = {name: _written(setting, model, some) for name, model in whole.items()}
+    for name, traces in written.items():
+        yield from _responses(name, whole[name], traces, setting)
+    student = whole["student"]
+    traces = [trace for trace in written.get("teacher", written["student"]) if trace.tokens]
+    examples = [
+        Example(
+            trace.problem.id,
+            student.encode(problems.render(trace.problem)),
+            student.tokenize(trace.text, end=trace.finished),
+        )
+        for trace in traces
+    ]
+    yield from _losses(setting, student, [e for e in examples if e.response])
+
+
+def _written(setting: Experiment, model: HFModel, some: Sequence[Problem]) -> list[Trace]:
+    requests = [Request(problems.render(problem), problem) for problem in some]
+    return [t for group in model.generate(requests, Sampling(**setting.sampling.model_dump())) for t in group]  # fmt: skip
+
+
+def _responses(
+    name: str, model: HFModel, traces: Sequence[Trace], setting: Experiment
+) -> Iterator[Finding]:
+    limit = setting.sampling.max_new_tokens
+    cut = sum(not trace.finished for trace in traces)
+    opened = opens_think(model)
+    ended = [trace for trace in traces if trace.finished]
+    open_ = sum(completion.response(trace.text, opened=opened) is None for trace in ended)
+    verdicts = verify_many([(t.problem, t.text, t.finished) for t in traces], opened=opened)
+    right = sum(verdict.status == "ok" for verdict in verdicts)
+    lengths = sorted(len(trace.tokens) for trace in traces)
+    text = f"{len(traces)} responses of {lengths[len(lengths) // 2]} tokens (median), {right} right, {cut} cut at {limit}"
+    subject = f"{name}'s responses"
+    if cut >= CUT * len(traces):
+        yield Finding(
+            "problem" if cut >= len(traces) / 2 else "note",
+            subject,
+            f"{text}: a response that is cut teaches and scores nothing: raise sampling.max_new_tokens",
+        )
+    if open_ > CUT * len(traces):
+        yield Finding(
+            "problem",
+            subject,
+            f"{open_} of {len(ended)} that ended never closed their think, so they hold no answer: take a model that writes "
+            f"{completion.CLOSE}, or a template that does not open it",
+        )
+    elif name == "teacher" and not right:
+        yield Finding(
+            "note",
+            subject,
+            f"{text}: methods that keep verified responses would have none: look at some, or take easier problems",
+        )
+    elif cut < CUT * len(traces):
+        yield Finding("ok", subject, text)
+
+
+def _losses(
+    setting: Experiment, student: HFModel, examples: Sequence[Example]
+) -> Iterator[Finding]:
+    """The loss of one step, on the trainer's own path: of the student against itself, and over two cuts of the batch."""
+    if not examples:
+        return
+    longest = sum(-(-(len(e.prompt) + len(e.response)) // 32) * 32 for e in examples) * 2
+    twin = student.clone()
+    divergence = _loss(setting, student, examples, reverse_kl, longest, twin)
+    if not abs(divergence) < KL:
+        yield Finding(
+            "problem",
+            "self-KL",
+            f"the student differs from itself by {divergence:.3g} nats a token, so every divergence is off by as much: "
+            "set the dropouts in its config.json to 0",
+        )
+    else:
+        yield Finding(
+            "ok", "self-KL", f"{abs(divergence):.1g} nats a token between the student and itself"
+        )
+    one, many = (_loss(setting, student, examples, nll, size, None) for size in (longest, 1))
+    text = f"{one:.6g} in one batch, {many:.6g} in {len(examples)}"
+    if not abs(one - many) <= DRIFT * abs(one):
+        yield Finding(
+            "problem",
+            "loss",
+            f"it depends on how a batch is cut ({text}), so training.micro_tokens would change results: set dropouts to 0; a model that "
+            "routes over the batch cannot be trained here",
+        )
+    else:
+        yield Finding("ok", "loss", f"does not depend on how a batch is cut ({text})")
+
+
+def _loss(
+    setting: Experiment,
+    student: HFModel,
+    examples: Sequence[Example],
+    objective: Objective,
+    micro_tokens: int,
+    teacher: LanguageModel | None,
+) -> float:
+    """The loss of one optimizer step; the weights are put back."""
+    before = student.state()
+    training = setting.training.model_copy(
+        update={"batch_size": len(examples), "micro_tokens": micro_tokens, "precision": "fp32"}
+    )
+    trainer = Trainer(student, training, Budget(steps=1), 0, Ledger())
+    stage = Stage("doctor", OffPolicy(examples), objective, teacher=teacher)
+    trainer.run(0, stage, lambda: student, {})
+    student.load_state(before)
+    return float(trainer.state.curve[0]["loss"])
+
+
+# -- the machine ------------------------------------------------------------------------------------
+
+
+def _shapes(setting: Experiment) -> dict[str, sizes.Shape]:
+    known = problems.checkpoints()
+    specs: dict[str, Any] = {"student": setting.student, "teacher": setting.teacher}
+    return {
+        name: sizes.shape(spec, known)
+        for name, spec in specs.items()
+        if not (isinstance(spec, Mapping) and "traces" in spec)
+    }
+
+
+def _memory(setting: Experiment) -> Iterator[Finding]:
+    """The forecast of harness/sizes.py for the cells that run side by side."""
+    try:
+        shapes = _shapes(setting)
+    except ValueError as error:
+        yield Finding("note", "memory", str(error))
+        return
+    cuda = torch.cuda.is_available()
+    student = shapes.pop("student")
+    frozen = {**shapes, "base": student}
+    length = min(setting.training.max_length, setting.sampling.max_new_tokens + 512)
+    held = sizes.memory(student, frozen, setting.training.micro_tokens, length, cuda)
+    need = held.peak * setting.workers
+    if cuda:
         room, where = torch.cuda.mem_get_info()[0], "GPU memory"
     else:
         room, where = psutil.virtual_memory().available, "memory"
-    text = f"models and optimizer {need / GIB:.2f} GiB of {room / GIB:.1f} GiB {where}, activations apart"
-    yield Finding(
-        "problem" if need > room else "note" if need > 0.6 * room else "ok", "memory", text
+    text = (
+        f"about {need / GIB:.2f} GiB of {room / GIB:.1f} GiB {where} for {setting.workers} workers"
     )
+    if need > 0.8 * room:
+        text += ": it may run out; lower workers, training.micro_tokens or max_new_tokens, or take smaller models"
+    yield Finding(
+        "problem" if need > room else "note" if need > 0.8 * room else "ok", "memory", text
+    )
+
+
+def _disk(setting: Experiment) -> Iterator[Finding]:
+    """The students, and the checkpoints of cells at work: weights, moments, and weights between stages."""
+    try:
+        student = _shapes(setting)["student"]
+    except ValueError:
+        return
+    cells = len(setting.methods) * setting.seeds * len(setting.data_seeds)
+    need = 4 * student.parameters * (cells + 6 * setting.workers)
+    free = psutil.disk_usage(str(Path.cwd())).free
+    text = f"about {need / GIB:.2f} GiB of {free / GIB:.0f} GiB free for {cells} students and checkpoints, samples apart"
+    if need > 0.8 * free:
+        text += ": it may run full; write elsewhere (--results), or take fewer seeds"
+    yield Finding("problem" if need > free else "note" if need > 0.8 * free else "ok", "disk", text)
 
 
 def _extras(setting: Experiment) -> Iterator[Finding]:
@@ -165,3 +552,8 @@ def _extras(setting: Experiment) -> Iterator[Finding]:
     ]
     if missing:
         yield Finding("note", "cards", f"no card for {', '.join(missing)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
