@@ -1,65 +1,163 @@
-"""The record in MLflow: a mirror of results folders, which are the truth.
+"""The record in MLflow: a mirror of results folders, written by one process at a time and never by one that trains.
 
-A comparison is a parent run in the experiment of its name, a trained student a child run; so are a study of a sweep and its trials.
-One process writes at a time; recording a folder again updates what is there; and whatever goes wrong costs one line, never a run.
+Whatever goes wrong costs one line, never a run; `sync` writes later what is missing, `rebuild` makes the whole store again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
-import logging
 import os
-import platform
-import re
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-DEFAULT = "sqlite:///results/mlflow.db"
-ARTIFACTS = ("report.html", "report.md", "table.tex", "summary.json")
-SWEEP_ARTIFACTS = ("sweep.html", "sweep.md", "sweep.json")
-STATUS = {"complete": "FINISHED", "pruned": "KILLED", "running": "RUNNING", "waiting": "SCHEDULED"}
-STATES = (*STATUS, "failed")  # a state that is in neither is a failure too
-CURVE = ("loss", "lr", "tokens", "grad_norm")
-BATCH = 1000  # metrics that MLflow takes at once
-NOTE = 7000  # characters of a description; a tag holds 8000
+from harness import mirror
+from harness.config import nearest
+from harness.mirror import database
+from harness.progress import end_with_parent
 
-Row = Mapping[str, Any]
+DEFAULT = "sqlite:///results/mlflow.db"
+EVERY = 20.0  # seconds between two passes over a folder that is being written
+SHARE = 0.1  # of one core that these passes take at most
 
 
 def record(folder: Path, uri: str | None = None) -> str | None:
-    """Mirror a results folder, finished or not, and return the parent run's id; on failure say so and return None.
+    """Mirror a comparison, finished or not, and return the parent run's id; on failure say so and return None.
 
     Without a uri: MLFLOW_TRACKING_URI, else `mlflow.db` beside the folder, which is results/mlflow.db.
     """
-    return _recorded(folder, uri, lambda at: _Comparison(at, folder).write())
+    return _recorded(folder, uri, lambda at: mirror.Comparison(at, folder).write())
 
 
 def record_sweep(folder: Path, uri: str | None = None) -> list[str] | None:
     """Mirror a folder's sweep.json, finished or not, and return the ids of its studies' runs; otherwise as `record`."""
-    return _recorded(folder, uri, lambda at: _Sweep(at, folder).write())
+    return _recorded(folder, uri, lambda at: mirror.Sweep(at, folder).write())
 
 
 def _recorded(folder: Path, uri: str | None, write: Callable[[str], Any]) -> Any:
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.parent / 'mlflow.db'}"
+    uri = _uri(folder.parent, uri)
     try:
-        with _one_writer(uri):
-            return write(uri)
+        with _one_writer(uri, folder.parent):
+            _reachable(uri)
+            done = write(uri)
+            _let_read(database(uri))
+            return done
     except Exception as error:  # a mirror must not break what it shows
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        print(f"retort: not recorded in MLflow ({uri}): {reason}", file=sys.stderr)
+        later = f"`retort sync {folder.name}` records it later"
+        print(f"retort: not recorded in MLflow ({uri}): {_reason(error)}; {later}", file=sys.stderr)
         return None
+
+
+@contextlib.contextmanager
+def watching(folder: Path, on: bool = True, every: float = EVERY) -> Iterator[None]:
+    """Mirror a folder while the block runs, from a process of its own at the lowest priority: training waits for nothing."""
+    if not on or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    code = f"from pathlib import Path; from harness.tracking import watch; watch(Path({str(folder)!r}), {os.getpid()}, {every})"
+    quiet: Any = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+    }
+    process = subprocess.Popen([sys.executable, "-c", code], **quiet)
+    try:
+        yield
+    finally:
+        process.kill()  # anywhere: the next pass completes what this one began
+        process.wait()
+
+
+def watch(folder: Path, parent: int, every: float) -> None:
+    """Mirror a folder again and again, as long as the parent lives."""
+    end_with_parent()
+    os.nice(19)
+    pause = every
+    while os.getppid() == parent:
+        time.sleep(pause)
+        begun = time.process_time()
+        with contextlib.suppress(Exception):  # told by the last pass, which is the parent's
+            _write(_uri(folder.parent, None), folder, wait=False)
+        pause = max(every, (time.process_time() - begun) / SHARE)
+
+
+def sync(
+    results: Path,
+    name: str | None = None,
+    *,
+    uri: str | None = None,
+    models: bool = False,
+) -> list[str]:
+    """Mirror whatever is not there yet of one folder, or of all under results; returns their names."""
+    uri = _uri(results, uri)
+    chosen = _folders(results, name)
+    _reachable(uri)
+    for folder in chosen:
+        try:
+            _write(uri, folder, models=models)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}: {_reason(error)}") from None
+        except Exception as error:
+            raise ValueError(
+                f"{folder} could not be recorded in MLflow ({uri}): {_reason(error)}"
+            ) from None
+    return [folder.name for folder in chosen]
+
+
+def rebuild(
+    results: Path, *, uri: str | None = None, models: bool = False, sure: bool = False
+) -> list[str]:
+    """Make the MLflow store again from a results folder, and return the names of what it holds.
+
+    A local database is made aside and swapped in by one transaction. On a server the runs of these folders are deleted, as
+    MLflow deletes (`mlflow gc` erases them), and written anew, if one is `sure`.
+    """
+    uri = _uri(results, uri)
+    chosen = _folders(results, None)
+    file = database(uri)
+    if file is None:
+        _reachable(uri)
+        if not sure:
+            raise ValueError(
+                f"--rebuild deletes the runs of {', '.join(f.name for f in chosen)} on {uri} and writes them again from "
+                f"{results}: add --yes to do so"
+            )
+        with _one_writer(uri, results):
+            for folder in chosen:
+                mirror.forget(uri, folder)
+        return sync(results, uri=uri, models=models)
+    with _one_writer(uri, results):
+        old = _runs(file)
+        strange = [
+            place for place in old.values() if place is not None and not _inside(place, results)
+        ]
+        if strange or None in old.values():
+            raise ValueError(
+                f"{file} also holds runs that are not of {results} "
+                f"(such as those of {next(iter(strange), 'another program')}), which --rebuild would lose: "
+                "use another database for these, or remove the file yourself"
+            )
+        aside = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        try:
+            for folder in chosen:
+                _mirrored(f"sqlite:///{aside}", folder, models)
+            _swap(aside, file)
+        finally:
+            for path in file.parent.glob(f"{aside.name}*"):
+                path.unlink()
+        for run in old.keys() - _runs(file).keys():
+            shutil.rmtree(file.parent / "mlartifacts" / run, ignore_errors=True)
+    return [folder.name for folder in chosen]
 
 
 def ui(uri: str | None = None, port: int | None = None) -> None:
@@ -68,10 +166,10 @@ def ui(uri: str | None = None, port: int | None = None) -> None:
     if uri.startswith(("http://", "https://")):
         print(f"The record is on a server: {uri}")
         return
-    database = _database(uri)
-    if database is not None and not database.is_file():
+    file = database(uri)
+    if file is not None and not file.is_file():
         raise ValueError(
-            f"{database} does not exist: nothing was recorded yet; run `retort compare` first"
+            f"{file} does not exist: nothing was recorded yet; run `retort compare` first, or `retort sync`"
         )
     port = port or _free_port()
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
@@ -81,11 +179,14 @@ def ui(uri: str | None = None, port: int | None = None) -> None:
         server = subprocess.Popen(
             command, env={**os.environ, **quiet}, stdout=log, stderr=log, start_new_session=True
         )
+        address = f"http://127.0.0.1:{port}"
+        print(f"MLflow: {address} (ready in some seconds; Ctrl-C ends it)", flush=True)
         try:
-            while server.poll() is None and not _answers(port):
+            while server.poll() is None and not _answers("127.0.0.1", port):
                 time.sleep(0.2)
             if server.poll() is None:
-                print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+                for name, experiment in _experiments(file):
+                    print(f"  {name}: {address}/#/{mirror.page(experiment)}", flush=True)
             if server.wait():
                 log.seek(0)
                 said = "\n".join(log.read().splitlines()[-5:])
@@ -98,395 +199,134 @@ def ui(uri: str | None = None, port: int | None = None) -> None:
             server.wait()
 
 
-class _Mirror:
-    """One folder in the experiment of its name: parent runs with their children, each found again by its key."""
+def _uri(results: Path, uri: str | None) -> str:
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results / 'mlflow.db'}"
 
-    def __init__(self, uri: str, folder: Path, name: str) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow import MlflowClient
 
-        for logger in ("mlflow", "alembic"):  # the tables of a new database are made silently
-            logging.getLogger(logger).setLevel(logging.WARNING)
-        self.folder = folder
-        self.client = MlflowClient(tracking_uri=uri)
-        self.experiment = self._experiment(name, uri)
-
-    def _experiment(self, name: str, uri: str) -> str:
-        found = self.client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        database = _database(uri)
-        place = (database.parent / "mlartifacts").resolve().as_uri() if database else None
-        return str(self.client.create_experiment(name, artifact_location=place))
-
-    def _search(self, query: str) -> list[Any]:
-        found: list[Any] = []
-        token = None
-        while True:
-            page = self.client.search_runs(
-                [self.experiment], query, max_results=1000, page_token=token
-            )
-            found += page
-            if not (token := page.token):
-                return found
-
-    def _parent(
-        self,
-        what: Sequence[str],
-        name: str,
-        tags: Mapping[str, str],
-        artifacts: Iterable[str],
-        final: Mapping[str, float],
-        status: str,
-        written: int,
-    ) -> str:
-        """A run whose key is the folder (and what of it), so that equal names of two people stay apart."""
-        key = _digest([platform.node(), str(self.folder.resolve()), *what])
-        found = next(iter(self._search(f"tags.`retort.key` = '{key}'")), None)
-        run = (
-            found.info.run_id
-            if found
-            else self.client.create_run(
-                self.experiment, tags={"retort.key": key}, run_name=name
-            ).info.run_id
+def _folders(results: Path, name: str | None) -> list[Path]:
+    """What can be mirrored: comparisons, sweeps, and those that are still running."""
+    found = sorted(path for path in results.glob("*") if _comparison(path) or _sweep(path))
+    if name is None:
+        if not found:
+            raise ValueError(f"{results} holds no comparison and no sweep: nothing to record")
+        return found
+    chosen = [path for path in found if path.name == name]
+    if not chosen:
+        raise ValueError(
+            f"no comparison or sweep {name!r} in {results}: {nearest(name, [p.name for p in found])}"
         )
-        self._tag(run, found, tags)
-        for file in artifacts:
-            if (self.folder / file).is_file():
-                self.client.log_artifact(run, str(self.folder / file))
-        self._final(run, found, final, written)
-        self._end(run, found, status)
-        return str(run)
-
-    def _children(self, parent: str) -> dict[str, Any]:
-        runs = self._search(f"tags.`mlflow.parentRunId` = '{parent}'")
-        return {run.data.tags["retort.key"]: run for run in runs}
-
-    def _child(
-        self,
-        parent: str,
-        key: str,
-        found: Any,
-        *,
-        params: Mapping[str, str],
-        curve: Sequence[Row],
-        points: Callable[[Sequence[Row]], Iterable[tuple[str, float, int]]],  # name, value, step
-        final: Mapping[str, float],
-        tags: Mapping[str, str],
-        written: int,
-        status: str = "FINISHED",
-        start: int | None = None,
-        lasted: int | None = None,  # milliseconds
-    ) -> None:
-        """A run under a parent. A curve that grew is continued; another content under the same key replaces the run."""
-        logged = int(found.data.tags["retort.points"]) if found else 0
-        if found and found.data.tags["retort.digest"] != _digest([params, curve[:logged]]):
-            self.client.delete_run(found.info.run_id)
-            found, logged = None, 0
-        if found:
-            child, start = found.info.run_id, found.info.start_time
-        else:
-            fresh = {"retort.key": key, "mlflow.parentRunId": parent, "retort.points": "0"}
-            fresh["retort.digest"] = _digest([params, []])
-            made = self.client.create_run(
-                self.experiment, start_time=start, tags=fresh, run_name=key
-            )
-            child, start = made.info.run_id, made.info.start_time
-        self._tag(child, found, tags)
-        self._log(child, params=[] if found else params.items())
-        grown = points(curve[logged:])
-        self._log(child, metrics=[(name, value, written, step) for name, value, step in grown])
-        if len(curve) > logged:  # only now: what was cut before this line is logged again, not lost
-            done = {"retort.points": str(len(curve)), "retort.digest": _digest([params, curve])}
-            self._tag(child, None, done)
-        self._final(child, found, final, written)
-        self._end(child, found, status, None if lasted is None else start + lasted)
-
-    def _final(self, run: str, found: Any, values: Mapping[str, float], written: int) -> None:
-        """Numbers without a step; those that changed."""
-        old = found.data.metrics if found else {}
-        named = {_name(name): value for name, value in values.items()}
-        self._log(run, [(n, v, written, 0) for n, v in named.items() if old.get(n) != v])
-
-    def _end(self, run: str, found: Any, status: str, end: int | None = None) -> None:
-        if found and found.info.status == status:
-            return
-        if end is None:
-            self.client.update_run(run, status=status)
-        else:
-            self.client.set_terminated(run, status, end)
-
-    def _tag(self, run: str, found: Any, new: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        old = found.data.tags if found else {}
-        changed = [RunTag(name, value) for name, value in new.items() if old.get(name) != value]
-        if changed:
-            self.client.log_batch(run, tags=changed)
-
-    def _log(
-        self,
-        run: str,
-        metrics: Iterable[tuple[str, float, int, int]] = (),
-        params: Iterable[tuple[str, str]] = (),
-    ) -> None:
-        from mlflow.entities import Metric, Param
-
-        points = [Metric(*metric) for metric in metrics]
-        for start in range(0, len(points), BATCH):
-            self.client.log_batch(run, metrics=points[start : start + BATCH])
-        fields = [Param(*param) for param in params]
-        for start in range(0, len(fields), 100):
-            self.client.log_batch(run, params=fields[start : start + 100])
+    return chosen
 
 
-class _Comparison(_Mirror):
-    """A comparison and its trained students."""
-
-    def __init__(self, uri: str, folder: Path) -> None:
-        summary = folder / "summary.json"
-        self.summary: dict[str, Any] = _read(summary) if summary.is_file() else {}
-        self.written = _written(summary) if summary.is_file() else 0
-        super().__init__(uri, folder, self.summary.get("name", folder.name))
-
-    def write(self) -> str:
-        environment, protocol = (
-            self.summary.get("environment", {}),
-            self.summary.get("protocol", ""),
-        )
-        tags = {
-            "name": self.folder.name,
-            "protocol": protocol.get("hash", "") if isinstance(protocol, dict) else protocol,
-            "config_hash": self.summary.get("config_hash", ""),
-            "commit": environment.get("commit") or "",
-            "version": environment.get("version", ""),
-            "mlflow.note.content": self._leaderboard(),
-        }
-        status = "FINISHED" if self.summary else "RUNNING"
-        parent = self._parent([], self.folder.name, tags, ARTIFACTS, {}, status, self.written)
-        known = self._children(parent)
-        for path in sorted((self.folder / "runs").rglob("run.json")):
-            key = path.parent.relative_to(self.folder / "runs").as_posix()
-            self._student(parent, key, _read(path), known.get(key), _written(path))
-        if any(cell["method"] == "base" for cell in self.summary.get("cells", ())):
-            base = {"method": "base", "label": "base", "seed": 0}
-            self._student(parent, "base/0", base, known.get("base/0"), 0)
-        return parent
-
-    def _leaderboard(self) -> str:
-        """The report up to its verdicts."""
-        report = self.folder / "report.md"
-        text = report.read_text(encoding="utf-8") if report.is_file() else ""
-        return text.split("\n## Verdicts")[0][:NOTE]
-
-    def _student(self, parent: str, key: str, run: Row, found: Any, written: int) -> None:
-        config = self.summary.get("config", {})
-        tags = {name: str(run[name]) for name in ("method", "label", "seed")}
-        tags |= {name: str(config[name]) for name in ("student", "teacher") if name in config}
-        self._child(
-            parent,
-            key,
-            found,
-            params=self._params(run),
-            curve=run.get("curve", []),
-            points=_curve,
-            final=self._scores(run) | _costs(run.get("ledger")),
-            tags=tags,
-            written=written,
-        )
-
-    def _params(self, run: Row) -> dict[str, str]:
-        config = self.summary.get("config", {})
-        given = {**config, **run}  # an arm may have a training and steps of its own
-        shared = {name: given[name] for name in ("budget", "training") if name in given}
-        return _params({**run.get("config", {}), **shared, "seed": run["seed"]})
-
-    def _scores(self, run: Row) -> dict[str, float]:
-        return {
-            f"{quantity}/{cell['benchmark']}": float(cell[quantity])
-            for cell in self.summary.get("cells", ())
-            if (cell["method"], cell["seed"]) == (run["label"], run["seed"])
-            and cell.get("data_seed", 0) == run.get("data_seed", cell.get("data_seed", 0))
-            for quantity in ("accuracy", "truncated", "unparsed")
-            if quantity in cell
-        }
+def _comparison(folder: Path) -> bool:
+    return (folder / "summary.json").is_file() or (folder / "runs").is_dir()
 
 
-class _Sweep(_Mirror):
-    """The studies of a sweep and their trials."""
-
-    def __init__(self, uri: str, folder: Path) -> None:
-        self.data = _read(folder / "sweep.json")
-        self.written = _written(folder / "sweep.json")
-        super().__init__(uri, folder, self.data["name"])
-
-    def write(self) -> list[str]:
-        studies = self.data["studies"]
-        notes = self._notes(len(studies))
-        return [self._study(study, note) for study, note in zip(studies, notes, strict=True)]
-
-    def _notes(self, count: int) -> list[str]:
-        """Each study's part of the report, up to its trials."""
-        report = self.folder / "sweep.md"
-        if not report.is_file():
-            return [""] * count
-        parts = report.read_text(encoding="utf-8").split("\n## ")
-        mine = [part for part in parts if part.startswith("Study: ")]
-        return [("## " + part.split("\n### Trials")[0])[:NOTE] for part in mine]
-
-    def _study(self, study: Row, note: str) -> str:
-        counts = Counter(trial["state"] for trial in study["trials"])
-        ended = sum(counts.values()) - counts["running"] - counts["waiting"]
-        finished = ended == sum(counts.values()) >= study["trials_asked"]
-        tags = self._named(study) | {
-            "sampler": study["sampler"],
-            "pruner": str(study["pruner"]),
-            "study": study["study"],
-            "storage": study["storage"],
-            "states": ", ".join(f"{n} {state}" for state, n in sorted(counts.items())),
-            "mlflow.note.content": note,
-        }
-        default = next((t["value"] for t in study["trials"] if t.get("default")), None)
-        final = {f"trials/{state}": float(counts[state]) for state in {*STATES, *counts}}
-        final |= {"best_value": study["best"]["value"]} if study["best"] else {}
-        final |= {"default_value": default} if default is not None else {}
-        final |= _confirmed(study["confirm"]) | _costs(study["ledger"])
-        parent = self._parent(
-            ["sweep", study["study"]],
-            f"sweep {study['label']}",
-            tags,
-            SWEEP_ARTIFACTS,
-            final,
-            "FINISHED" if finished else "RUNNING",
-            self.written,
-        )
-        known = self._children(parent)
-        for trial in study["trials"]:
-            key = f"{study['label']} {trial['number']:03d}"
-            self._trial(parent, key, study, trial, known.get(key))
-        return parent
-
-    def _named(self, study: Row) -> dict[str, str]:
-        tags = {"kind": "sweep", "method": study["method"], "label": study["label"]}
-        return tags | {
-            name: str(self.data[name]) for name in ("student", "teacher") if name in self.data
-        }
-
-    def _trial(self, parent: str, key: str, study: Row, trial: Row, found: Any) -> None:
-        curve = [point for point in trial["points"] if point["share"] < 1]
-        if trial["state"] == "complete":
-            curve.append({"share": 1.0, "value": trial["value"]})
-        ended = trial["state"] not in ("running", "waiting") and trial["seconds"] is not None
-        self._child(
-            parent,
-            key,
-            found,
-            params=_params(trial["params"]),
-            curve=curve,
-            points=_by_share,
-            final=_costs({**(trial["ledger"] or {}), "lost": trial["lost"] or {}}),
-            tags=self._named(study)
-            | {
-                "trial.state": trial["state"],
-                "trial.number": str(trial["number"]),
-                "trial.tries": str(trial["tries"]),
-                "trial.reason": trial["reason"] or "",
-                "default": str(bool(trial.get("default"))).lower(),
-            },
-            written=self.written,
-            status=STATUS.get(trial["state"], "FAILED"),
-            start=_milliseconds(trial["started"]) if trial["started"] else None,
-            lasted=int(1000 * trial["seconds"]) if ended else None,
-        )
+def _sweep(folder: Path) -> bool:
+    return (folder / "sweep.json").is_file()
 
 
-def _by_share(rows: Sequence[Row]) -> Iterator[tuple[str, float, int]]:
-    """Accuracy by percent of the trial's budget."""
-    for row in rows:
-        yield "dev_accuracy", float(row["value"]), round(100 * row["share"])
+def _write(uri: str, folder: Path, *, models: bool = False, wait: bool = True) -> None:
+    """Mirror all of a folder, as the one writer; if another writes and `wait` is off, leave it to the next pass."""
+    with _one_writer(uri, folder.parent, wait) as mine:
+        if mine:
+            _mirrored(uri, folder, models)
+            _let_read(database(uri))
 
 
-def _confirmed(confirm: Row | None) -> dict[str, float]:
-    """Both settings on the test benchmarks."""
-    if confirm is None:
-        return {}
-    return {
-        f"confirmed_{side}/{arm['benchmark']}": float(arm["accuracy"])
-        for side, label in confirm["labels"].items()
-        for arm in confirm["arms"]
-        if arm["method"] == label
-    }
-
-
-def _costs(ledger: Row | None) -> dict[str, float]:
-    """charged/…, spent/… and purposes/…"""
-    return {
-        f"{column}/{name}": float(value)
-        for column, amounts in (ledger or {}).items()
-        for name, value in _flat(amounts)
-    }
-
-
-def _params(fields: Row) -> dict[str, str]:
-    return {_name(name): str(value)[:6000] for name, value in _flat(fields)}
-
-
-def _curve(rows: Sequence[Row]) -> Iterator[tuple[str, float, int]]:
-    for row in rows:
-        for name in CURVE:
-            if name in row:
-                yield name, float(row[name]), int(row["step"])
+def _mirrored(uri: str, folder: Path, models: bool) -> None:
+    if _comparison(folder):
+        mirror.Comparison(uri, folder).write(models)
+    if _sweep(folder):
+        mirror.Sweep(uri, folder).write()
 
 
 @contextlib.contextmanager
-def _one_writer(uri: str) -> Iterator[None]:
-    """Wait for the database's lock: parallel writers, above all to a database without tables, break sqlite."""
-    database = _database(uri)
-    if database is None:
-        yield
-        return
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{database}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # falls with the process
-        yield
+def _one_writer(uri: str, results: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of the database, or of what is written to a server: parallel writers break sqlite, and make runs twice."""
+    file = database(uri) or results / "mlflow.db"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{file}.lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
+            )  # falls with the process
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
-def _database(uri: str) -> Path | None:
-    """The file of a sqlite address."""
-    prefix = "sqlite:///"
-    return Path(uri.removeprefix(prefix)) if uri.startswith(prefix) else None
+def _reachable(uri: str) -> None:
+    """Ask a server at once, as MLflow would try for minutes."""
+    url = urllib.parse.urlsplit(uri)
+    if url.scheme in ("http", "https"):
+        port = url.port or {"http": 80, "https": 443}[url.scheme]
+        if not _answers(url.hostname or "", port):
+            raise ValueError(f"the tracking server {uri} does not answer; start it and try again")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
+def _runs(file: Path) -> dict[str, str | None]:
+    """The runs of a database and the folders they mirror, "" for one that only its parent tells, None for one that is not ours."""
+    query = (
+        "select r.run_uuid, max(case when t.key = 'retort.key' then '' end), max(case when t.key = 'folder' then t.value end) "
+        "from runs r left join tags t on t.run_uuid = r.run_uuid group by r.run_uuid"
+    )
+    rows = _asked(file, query)
+    return {run: folder or mine for run, mine, folder in rows}
 
 
-def _written(path: Path) -> int:
-    """When, in milliseconds."""
-    return int(path.stat().st_mtime * 1000)
+def _experiments(file: Path | None) -> list[tuple[str, str]]:
+    """The experiments that have our view of their runs, the newest first."""
+    query = (
+        "select e.name, e.experiment_id from experiments e join experiment_tags t on t.experiment_id = e.experiment_id "
+        f"where t.key = 'mlflow.sharedViewState.{mirror.VIEW}' and e.lifecycle_stage = 'active' order by e.last_update_time desc"
+    )
+    return [] if file is None else [(str(name), str(key)) for name, key in _asked(file, query)]
 
 
-def _milliseconds(when: str) -> int:
-    """A local time in ISO 8601, since 1970."""
-    return int(datetime.fromisoformat(when).timestamp() * 1000)
+def _asked(file: Path, query: str) -> list[Sequence[Any]]:
+    """What a database answers; nothing if it is none, or damaged."""
+    if not file.is_file():
+        return []
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as opened:
+            return opened.execute(query).fetchall()
+    except sqlite3.DatabaseError:
+        return []
 
 
-def _flat(data: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", value
+def _let_read(file: Path | None) -> None:
+    """Let pages be read while one writes; the database keeps this setting."""
+    if file is not None:
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(file, timeout=1)) as opened,
+        ):
+            opened.execute("pragma journal_mode = wal")
 
 
-def _name(text: str) -> str:
-    """A key that MLflow takes."""
-    return re.sub(r"[^\w\-./ ]", "_", text)[:250]
+def _inside(folder: str, results: Path) -> bool:
+    return not folder or Path(folder).parent == results.resolve()
 
 
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+def _swap(aside: Path, file: Path) -> None:
+    """One transaction, so that a server which has the database open sees the old or the new."""
+    with contextlib.closing(sqlite3.connect(aside)) as new:
+        try:
+            with contextlib.closing(sqlite3.connect(file, timeout=60)) as old:
+                new.backup(old)
+            return
+        except sqlite3.DatabaseError as error:
+            if "not a database" not in str(error) and "malformed" not in str(error):
+                raise
+    for rest in ("-wal", "-shm", "-journal"):
+        Path(f"{file}{rest}").unlink(missing_ok=True)
+    os.replace(aside, file)
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _free_port() -> int:
@@ -495,7 +335,9 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=3):
+            return True
+    except OSError:
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import urllib.request
 
 import pytest
 
-from harness import report, tracking
+from harness import mirror, report, tracking
 from harness.report import sweep
 from tests.harness.test_report import example
 from tests.harness.test_sweep_report import confirm, data, pruned, study, trial
@@ -63,7 +64,7 @@ def test_round_trip(recorded):
     assert "## Leaderboard: micro_code" in tags["mlflow.note.content"]
     assert "## Verdicts" not in tags["mlflow.note.content"]
     artifacts = {item.path for item in client.list_artifacts(first)}
-    assert artifacts == set(tracking.ARTIFACTS)
+    assert artifacts == {*mirror.ARTIFACTS, "problems", "plots"}
     assert (folder.parent / "mlartifacts").is_dir()
 
     children = {r.data.tags["retort.key"]: r for r in runs if r.info.run_id != first}
@@ -173,12 +174,12 @@ def test_a_sweep_is_a_run_a_study_and_a_child_a_trial(recorded):
     assert "Tuning heal" in client.get_run(again[0][1]).data.tags["mlflow.note.content"]
     metrics = parent.data.metrics
     assert (metrics["best_value"], metrics["default_value"]) == (0.521, 0.503)
-    assert [metrics[f"trials/{state}"] for state in tracking.STATES] == [3, 1, 0, 0, 1]
+    assert [metrics[f"trials/{state}"] for state in mirror.STATES] == [3, 1, 0, 0, 1]
     accuracy = {arm["method"]: arm["accuracy"] for arm in both[0]["confirm"]["arms"]}
     assert metrics["confirmed_tuned/micro_math"] == pytest.approx(accuracy["_paced_-tuned"])
     assert metrics["confirmed_default/micro_math"] == pytest.approx(accuracy["_paced_"])
     assert metrics["spent/flops"] == pytest.approx((4 * 1e12 + 5e11) / 2)
-    assert {item.path for item in client.list_artifacts(first)} == set(tracking.SWEEP_ARTIFACTS)
+    assert {item.path for item in client.list_artifacts(first)} == set(mirror.SWEEP_ARTIFACTS)
 
     after = by_key(client, first)
     assert len(after) == 5
@@ -248,10 +249,10 @@ def test_one_writer_at_a_time(tmp_path):
     order = []
 
     def other():
-        with tracking._one_writer(uri):
+        with tracking._one_writer(uri, tmp_path):
             order.append("second")
 
-    with tracking._one_writer(uri):
+    with tracking._one_writer(uri, tmp_path):
         thread = threading.Thread(target=other)
         thread.start()
         time.sleep(0.2)
@@ -261,8 +262,8 @@ def test_one_writer_at_a_time(tmp_path):
 
 
 def test_names_are_made_to_fit():
-    assert tracking._name("charged/<b>|x:y") == "charged/_b__x_y"
-    assert dict(tracking._flat({"a": {"b": 1, "c": None}, "d": [2]})) == {"a.b": 1, "d": [2]}
+    assert mirror._name("charged/<b>|x:y") == "charged/_b__x_y"
+    assert dict(mirror._flat({"a": {"b": 1, "c": None}, "d": [2]})) == {"a.b": 1, "d": [2]}
 
 
 def test_ui_needs_a_record(tmp_path, monkeypatch, capsys):
@@ -296,9 +297,14 @@ def test_ui_prints_its_address_and_ends_when_interrupted(tmp_path):
         text=True,
         start_new_session=True,
     ) as process:
-        line = process.stdout.readline()
+        line = process.stdout.readline()  # at once; the server takes its time
         address = line.split()[1]
         assert line.startswith("MLflow: http://127.0.0.1:")
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(address, timeout=5)
+                break
         assert urllib.request.urlopen(address, timeout=5).status == 200
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == 0
