@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML file that opens anywhere, Markdown, a LaTeX table, and the terminal's short form."""
+"""The report of a comparison: one HTML file that opens anywhere, Markdown, a LaTeX table, CSV, and the terminal's short form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.report import formats, pages, plots, reading, screen, snr
+from harness.report import formats, pages, plots, reading, samples, screen, snr
 from harness.report.plots import Series, Style
 from harness.report.reading import BASE, Comparison
 
@@ -25,24 +25,28 @@ CHARGED = (  # its cost columns: what one student of a method would pay alone
 BINS = 150  # points of a training curve
 GAP = 5  # pixels between lines of a scorecard, so that no interval hides another; together at most
 SPREAD = 40
+MOST_ARMS = 8  # of a matrix whose cells hold intervals too
+MOST_PAIRS = 200  # exploratory ones that are listed besides
 KINDS = {"mean": "share", "auc": "AUC", "calibration": "calibration error"}  # others as they are
 
 
 def write(folder: Path) -> list[Path]:
-    """Read a folder's `summary.json` and what lies beside it; write report.html, report.md and table.tex there."""
+    """Read a folder's `summary.json` and what lies beside it; write the report's files there."""
     comparison = reading.load(folder)
     texts = {
         "report.html": html(comparison),
         "report.md": formats.markdown(comparison),
         "table.tex": formats.latex(comparison),
+        "cells.csv": formats.cells_csv(comparison),
+        "pairs.csv": formats.pairs_csv(comparison),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8", newline="")
     return [folder / name for name in texts]
 
 
 def html(comparison: Comparison) -> str:
-    """The page, whole: style and charts are inside."""
+    """The page, whole: style, charts, script and data are inside."""
     styles = {label: Style.of(comparison.index(label)) for label in comparison.labels}
     words: dict[str, Any] = {
         name: getattr(reading, name)
@@ -58,7 +62,13 @@ def html(comparison: Comparison) -> str:
             "scorecard",
             "is_histogram",
             "at_k",
+            "at_cost",
+            "rank",
+            "chance",
+            "single_sample",
             "disputes",
+            "marked",
+            "verdict_class",
         ]
     }
     words |= {"stage_line": formats.stage_line, "swatch": plots.swatch}
@@ -92,11 +102,38 @@ def html(comparison: Comparison) -> str:
             label: _reliability(rows, styles[label])
             for label, rows in comparison.mechanisms.items()
         },
+        "most_arms": MOST_ARMS,
+        "most_pairs": MOST_PAIRS,
+        "browsed": _browsed(comparison),
         "snr": None,
     }
     if comparison.snr:
         values |= snr.view(comparison.snr)
     return pages.render("page.html.j2", values, words)
+
+
+def _browsed(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """Of each benchmark with samples: the table without a script, and what the script unpacks."""
+    names = [name for name in comparison.benchmarks if name in comparison.samples.benchmarks]
+    found = {}
+    for name in names:
+        solved = comparison.samples.solved(name, comparison.labels)
+        written = comparison.samples.written(solved, samples.CHARACTERS // len(names))
+        b = comparison.reference or BASE
+        b = b if b in solved.arms else solved.arms[0]
+        best = [row["method"] for row in comparison.leaderboard(name)]
+        header, left, lines = reading.telling(solved, best, b)
+        found[name] = {
+            "header": [name, *header],
+            "left": left,
+            "lines": lines,
+            "a": next((arm for arm in best if arm not in (b, BASE)), b),
+            "b": b,
+            "held": reading.held(solved, written),
+            "problems": samples.packed(samples.problem_data(solved)),
+            "traces": samples.packed(samples.trace_data(solved, written)),
+        }
+    return found
 
 
 # --- charts ------------------------------------------------------------------------------------
@@ -125,13 +162,17 @@ def _level_chart(
 def _cost_chart(
     comparison: Comparison, benchmark: str, styles: Mapping[str, Style]
 ) -> Markup | None:
-    """Accuracy over charged FLOPs, or trained tokens where no FLOPs were counted; base, which cost nothing, as a line."""
+    """Accuracy over charged FLOPs, or trained tokens where no FLOPs were counted; base, which cost nothing, as a line.
+
+    The arms of the Pareto set (`standing.add_costs`) are ringed.
+    """
     rows = {row["method"]: row for row in comparison.leaderboard(benchmark)}
     quantity = "flops" if any(row["costs"]["flops"] for row in rows.values()) else "trained"
     paid = [rows[label] for label in styles if label in rows and rows[label]["costs"][quantity]]
     if not paid:
         return None
     costs = [row["costs"][quantity] for row in paid]
+    ringed = [row["method"] for row in paid if row["pareto"]]
     series = [
         Series(
             row["method"],
@@ -146,10 +187,11 @@ def _cost_chart(
         f"{benchmark}: accuracy against cost",
         series,
         "charged FLOPs" if quantity == "flops" else "trained tokens",
-        "",
+        "ringed: Pareto set" if ringed else "",
         shares=True,
         log_x=max(costs) > 8 * min(costs),
         level=(BASE, rows[BASE]["accuracy"]) if BASE in rows else None,
+        ringed=ringed,
     )
 
 

@@ -1,7 +1,9 @@
-"""The same comparison as Markdown and as a LaTeX table."""
+"""The same comparison as Markdown, as a LaTeX table, and as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,8 +16,10 @@ from harness.report.reading import (
     Comparison,
     against_base,
     amount,
+    at_cost,
     at_k,
     by_group,
+    chance,
     conditions,
     disputes,
     facts,
@@ -25,9 +29,11 @@ from harness.report.reading import (
     over_runs,
     p_value,
     percent,
+    rank,
     scorecard,
     share,
     signed,
+    single_sample,
     span,
 )
 
@@ -38,8 +44,10 @@ def markdown(comparison: Comparison) -> str:
     for benchmark in comparison.benchmarks:
         parts += [f"## Leaderboard: {md(benchmark)}", md(comparison.sampled(benchmark))]
         parts += [_leaderboard(comparison, benchmark), _at_k(comparison, benchmark)]
+        parts.append(md(at_cost(comparison, benchmark)))
     for benchmark in comparison.benchmarks:
         parts += [f"## Verdicts: {md(benchmark)}", _verdicts(comparison.pairs(benchmark))]
+        parts.append("\n".join(f"- {md(s)}" for s in single_sample(comparison, benchmark)))
     parts.append(HOW_TO_READ)
     header, lines = against_base(comparison)
     if lines:
@@ -81,6 +89,8 @@ def _leaderboard(comparison: Comparison, benchmark: str) -> str:
         "accuracy",
         "95 % interval",
         f"against {other}",
+        "rank",
+        "best",
         "truncated",
         "unparsed",
         *COSTS.values(),
@@ -91,6 +101,8 @@ def _leaderboard(comparison: Comparison, benchmark: str) -> str:
             percent(row["accuracy"]),
             span(row["ci95"]),
             f"{signed(pair['delta'])}, {pair['verdict']}" if (pair := row["pair"]) else "",
+            rank(row),
+            chance(row["p_best"]),
             share(row["truncated"]),
             share(row["unparsed"]),
             *(amount(quantity, row["costs"][quantity]) for quantity in COSTS),
@@ -199,20 +211,24 @@ def latex(comparison: Comparison) -> str:
     names = comparison.benchmarks
     other = comparison.reference or "base"
     boards = {name: {row["method"]: row for row in comparison.leaderboard(name)} for name in names}
+    ranked = [name for name in names if any(row["rank"] for row in boards[name].values())]
+    heads = [f"\\multicolumn{{2}}{{c}}{{{_tex(n)}}}" if n in ranked else _tex(n) for n in names]
+    said = "; ranks with those that no pair of arms rules out" if ranked else ""
     lines = [
         "% needs \\usepackage{booktabs}",
         "\\begin{table}[t]",
         "  \\centering",
-        f"  \\caption{{{_tex(headline(comparison))} Accuracy in \\% with 95\\,\\% intervals; "
+        f"  \\caption{{{_tex(headline(comparison))} Accuracy in \\% with 95\\,\\% intervals{said}; "
         f"$\\uparrow$ better and $\\downarrow$ worse than {_tex(other)}.}}",
         f"  \\label{{tab:{''.join(c if c.isalnum() else '-' for c in comparison.name)}}}",
-        f"  \\begin{{tabular}}{{l{'c' * len(names)}r}}",
+        f"  \\begin{{tabular}}{{l{''.join('cc' if name in ranked else 'c' for name in names)}r}}",
         "    \\toprule",
-        f"    Method & {' & '.join(map(_tex, names))} & FLOPs \\\\",
+        f"    & {' & '.join(heads)} & \\\\",
+        f"    Method & {' & '.join('accuracy & rank' if n in ranked else 'accuracy' for n in names)} & FLOPs \\\\",
         "    \\midrule",
     ]
     for label in comparison.labels:
-        cells = [_tex_cell(boards[name].get(label)) for name in names]
+        cells = [_tex_cell(boards[name].get(label), name in ranked) for name in names]
         costs = next(board[label]["costs"] for board in boards.values() if label in board)
         lines.append(
             f"    {_tex(label)} & {' & '.join(cells)} & {_tex(amount('flops', costs['flops']))} \\\\"
@@ -221,13 +237,14 @@ def latex(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _tex_cell(row: Mapping[str, Any] | None) -> str:
+def _tex_cell(row: Mapping[str, Any] | None, ranked: bool) -> str:
     if row is None:
-        return "--"
+        return "-- & --" if ranked else "--"
     arrow = {"better": "$^{\\uparrow}$", "worse": "$^{\\downarrow}$"}
     sign = arrow.get(row["pair"]["verdict"], "") if row["pair"] else ""
     low, high = (f"{100 * v:.1f}" for v in row["ci95"])
-    return f"{100 * row['accuracy']:.1f}{sign} {{\\scriptsize [{low}, {high}]}}"
+    cell = f"{100 * row['accuracy']:.1f}{sign} {{\\scriptsize [{low}, {high}]}}"
+    return f"{cell} & {_tex(rank(row))}" if ranked else cell
 
 
 TEX = {
@@ -235,11 +252,57 @@ TEX = {
     "~": "\\textasciitilde{}",
     "^": "\\textasciicircum{}",
     "\N{MINUS SIGN}": "$-$",
+    "\N{EN DASH}": "--",
+    "\N{LEFT DOUBLE QUOTATION MARK}": "``",
+    "\N{RIGHT DOUBLE QUOTATION MARK}": "''",
     "<": "$<$",
     ">": "$>$",
+    "|": "\\textbar{}",
+    "*": "{*}",  # after the end of a row it would be a command's, as would a bracket
+    "[": "{[}",
+    "]": "{]}",
     **{c: f"\\{c}" for c in "&%$#_{}"},
 }
 
 
 def _tex(text: str) -> str:
     return "".join(TEX.get(character, character) for character in text)
+
+
+# --- CSV ---------------------------------------------------------------------------------------
+
+CELL = ("benchmark", "method", "seed", "data_seed", "n_problems", "n_samples", "accuracy")
+PAIR = ("benchmark", "a", "b", "family", "exploratory", "verdict", "delta")
+P_VALUES = ("p", "p_holm", "p_all", "mde", "at_cost")
+INTERVAL = ("ci95_low", "ci95_high")
+
+
+def cells_csv(comparison: Comparison) -> str:
+    """cells.csv: one line a benchmark and trained student, with what it was charged; docs/report.md names the columns."""
+    rows = []
+    for cell in comparison.summary["cells"]:
+        ledger = cell.get("ledger") or {}
+        charged = ledger.get("charged", ledger)
+        cut = [cell.get("truncated", 0), cell.get("unparsed", 0)]
+        costs = [charged.get(name, 0) for name in COSTS]
+        rows.append([*(cell.get(k) for k in CELL), *cell["ci95"], *cut, *costs])
+    header = [*CELL, *INTERVAL, "truncated", "unparsed", *(f"charged_{name}" for name in COSTS)]
+    return _csv(header, rows)
+
+
+def pairs_csv(comparison: Comparison) -> str:
+    """pairs.csv: one line a benchmark and pair of arms."""
+    rows = []
+    for pair in comparison.summary["pairs"]:
+        ratio = pair.get("cost_ratio") or {}
+        more = [*(pair.get(name) for name in P_VALUES), ratio.get("tokens"), ratio.get("flops")]
+        rows.append([*(pair.get(k) for k in PAIR), *pair["ci95"], *more])
+    header = [*PAIR, *INTERVAL, *P_VALUES, "cost_ratio_tokens", "cost_ratio_flops"]
+    return _csv(header, rows)
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """What is not known is empty."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    return file.getvalue()

@@ -1,7 +1,9 @@
-"""HTML pages from the templates beside this file, whole: the style is inside."""
+"""HTML pages from the templates beside this file, whole: the style and script are inside."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,4 +26,8 @@ def render(
     )
     environment.globals.update(words or {})
     style = Markup((folder / "page.css").read_text(encoding="utf-8"))
-    return environment.get_template(template).render(style=style, **values)
+    script = (folder / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(
+        style=style, script=Markup(script), script_hash=f"sha256-{digest}", **values
+    )

@@ -140,6 +140,7 @@ def xy(
     x_names: Sequence[str] = (),  # of the places 0, 1, ... on a categorical axis
     level: tuple[str, float] | None = None,  # a dashed horizontal line and its name
     marks: Sequence[tuple[float, str]] = (),  # named vertical lines
+    ringed: Sequence[str] = (),  # series whose points have a ring
 ) -> Markup:
     """Lines or points over x and y."""
     xs = [x for s in series for x, _ in s.points]
@@ -171,6 +172,8 @@ def xy(
         parts.append(_level(y(level[1]), level[0]))
     for s in series:
         parts.append(_series(s, x, y, shares))
+        if s.name in ringed:
+            parts += [_ring(x(a), y(b)) for a, b in s.points]
     return _titled(title, HEIGHT, parts)
 
 
@@ -492,9 +495,18 @@ def _series(series: Series, x: Scale, y: Scale, shares: bool) -> Markup:
 
 
 def _rule(x: float, name: str) -> Markup:
+    late = x > WIDTH - RIGHT - 6 * len(name)  # no room to the right
     return Markup(
-        '<path class="rule" d="M{0} {1}V{2}"/><text class="tick" x="{3}" y="{4}">{5}</text>'
-    ).format(_n(x), TOP, HEIGHT - BOTTOM, _n(x + 3), TOP + 9, shorten(name, 18))
+        '<path class="rule" d="M{0} {1}V{2}"/><text class="tick" x="{3}" y="{4}" text-anchor="{5}">{6}</text>'
+    ).format(
+        _n(x),
+        TOP,
+        HEIGHT - BOTTOM,
+        _n(x - 3 if late else x + 3),
+        TOP + 9,
+        "end" if late else "start",
+        shorten(name, 18),
+    )
 
 
 def _level(y: float, name: str) -> Markup:

@@ -6,15 +6,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from harness.evaluation import decoding
 from harness.ledger import Ledger, total
+from harness.report import samples
+from harness.report.samples import Samples, Solved
 
 Row = Mapping[str, Any]
 
@@ -30,8 +29,14 @@ COSTS = {
 }
 TEACHER = {"teacher_generated": "generated", "teacher_scored": "scored"}
 PLAIN = {"samples", "training"}  # purposes that the totals tell already
+AT_COST = {  # said of a, and of b
+    "better at no more cost": "worse at no less cost",
+    "better but costlier": "worse but cheaper",
+}
+AT_COST |= {b: a for a, b in AT_COST.items()}
 MINUS = "\N{MINUS SIGN}"
 DISPUTES = 20  # of a benchmark that are shown
+TELLING = 20
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,23 @@ class Comparison:
     snr: Row | None = None  # snr.json
     disputes: Mapping[str, Sequence[Row]] = field(default_factory=dict)  # benchmark -> samples
     subjects: Mapping[str, Mapping[str, Sequence[tuple[str, float]]]] = field(default_factory=dict)
+    samples: Samples = field(default_factory=Samples)
 
     @property
     def name(self) -> str:
         return str(self.summary["name"])
 
-    @property
+    @cached_property
     def benchmarks(self) -> list[str]:
         return list(dict.fromkeys(str(cell["benchmark"]) for cell in self.summary["cells"]))
 
-    @property
+    @cached_property
     def labels(self) -> list[str]:
         """Arms in the order of the summary, the untrained student first."""
         found = dict.fromkeys(str(cell["method"]) for cell in self.summary["cells"])
         return sorted(found, key=lambda label: label != BASE)
 
-    @property
+    @cached_property
     def reference(self) -> str | None:
         """The arm that verdicts are about."""
         config = self.summary.get("config") or {}
@@ -78,15 +84,25 @@ class Comparison:
         """A method's place in the palette; None for the untrained student."""
         return None if label == BASE else [x for x in self.labels if x != BASE].index(label)
 
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str], list[Row]]:
+        found: dict[tuple[str, str], list[Row]] = {}
+        for cell in self.summary["cells"]:
+            found.setdefault((cell["benchmark"], cell["method"]), []).append(cell)
+        return found
+
+    @cached_property
+    def _pairs(self) -> dict[str, dict[tuple[str, str], Row]]:
+        found: dict[str, dict[tuple[str, str], Row]] = {}
+        for pair in self.summary["pairs"]:
+            found.setdefault(pair["benchmark"], {})[pair["a"], pair["b"]] = pair
+        return found
+
     def cells(self, benchmark: str, label: str) -> list[Row]:
-        return [
-            cell
-            for cell in self.summary["cells"]
-            if (cell["benchmark"], cell["method"]) == (benchmark, label)
-        ]
+        return self._cells.get((benchmark, label), [])
 
     def pairs(self, benchmark: str) -> list[Row]:
-        return [pair for pair in self.summary["pairs"] if pair["benchmark"] == benchmark]
+        return list(self._pairs.get(benchmark, {}).values())
 
     def leaderboard(self, benchmark: str) -> list[dict[str, Any]]:
         """One row an arm, best first: accuracy over its seeds, what was cut, and what one student cost."""
@@ -115,6 +131,10 @@ class Comparison:
                     "unparsed": sum(cell.get("unparsed", 0) for cell in cells) / samples,
                     "costs": _mean_costs(cells),
                     "pair": self.against(benchmark, label),
+                    "rank": arm.get("rank"),
+                    "rank_ci95": arm.get("rank_ci95"),
+                    "p_best": arm.get("p_best"),
+                    "pareto": (arm.get("cost") or {}).get("pareto"),
                 }
             )
         return sorted(rows, key=lambda row: -row["accuracy"])
@@ -143,12 +163,10 @@ class Comparison:
 
     def pair(self, benchmark: str, a: str, b: str) -> Row | None:
         """The comparison of two arms, said of a."""
-        for row in self.pairs(benchmark):
-            if (row["a"], row["b"]) == (a, b):
-                return row
-            if (row["a"], row["b"]) == (b, a):
-                return turned(row)
-        return None
+        pairs = self._pairs.get(benchmark, {})
+        if (a, b) in pairs:
+            return pairs[a, b]
+        return turned(pairs[b, a]) if (b, a) in pairs else None
 
     def runs_of(self, label: str) -> list[Row]:
         return [run for run in self.runs if run["label"] == label]
@@ -188,30 +206,20 @@ def load(folder: Path) -> Comparison:
     order = {cell: place for place, cell in enumerate(sorted(cells, key=str))}
     runs = [run for run in runs if (run["label"], run["seed"]) in cells]
     runs.sort(key=lambda run: (order[run["label"], run["seed"]], run.get("data_seed", 0)))
-    files = sorted((folder / "samples").glob("*.parquet"))
-    levels = _by("level", pa.int64(), files, cells)
-    subjects = _by("subject", pa.string(), files, cells)
+    drawn = samples.read(folder, cells)
     mechanisms = _mechanisms(folder, {label for label, _ in cells})
     path = folder / "snr.json"
     snr = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return Comparison(summary, runs, levels, mechanisms, snr, _disputes(files, cells), subjects)
-
-
-def _disputes(files: Iterable[Path], cells: set[tuple[str, int]]) -> dict[str, list[Row]]:
-    """The first samples of each benchmark on which the two extractors disagree."""
-    columns = ["benchmark", "method", "seed", "problem", "sample", "status", "extracted"]
-    columns += ["correct", "second", "gold"]
-    found: dict[str, list[Row]] = {}
-    for path in files:
-        if not set(columns) <= set(pq.read_schema(path).names):  # of an older version
-            continue
-        table = pq.read_table(path, columns=columns)
-        right = pc.equal(table["second"].cast(pa.string()), "ok")
-        for row in table.filter(pc.not_equal(right, table["correct"])).to_pylist():
-            rows = found.setdefault(row["benchmark"], [])
-            if (row["method"], row["seed"]) in cells and len(rows) < DISPUTES:
-                rows.append(row)
-    return {benchmark: rows for benchmark, rows in found.items() if rows}
+    return Comparison(
+        summary,
+        runs,
+        drawn.by("level"),
+        mechanisms,
+        snr,
+        drawn.disputes(DISPUTES),
+        drawn.by("subject"),
+        drawn,
+    )
 
 
 def _mechanisms(folder: Path, labels: set[str]) -> dict[str, list[Row]]:
@@ -221,33 +229,6 @@ def _mechanisms(folder: Path, labels: set[str]) -> dict[str, list[Row]]:
         return {}
     arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
     return {label: rows for label, rows in arms.items() if rows and label in labels}
-
-
-def _by(
-    column: str, kind: pa.DataType, files: Iterable[Path], cells: set[tuple[str, int]]
-) -> dict[str, dict[str, list[tuple[Any, float]]]]:
-    """{benchmark: {method: [(level or subject, accuracy)]}} over all seeds of these cells."""
-    sums: dict[tuple[str, str, Any], tuple[float, int]] = {}
-    for path in files:
-        columns = ["benchmark", "method", "seed", column, "correct"]
-        if column not in pq.read_schema(path).names:  # of an older version
-            continue
-        kinds = [pa.string(), pa.string(), pa.int64(), kind, pa.int64()]
-        # A column of nulls has a type of its own.
-        table = pq.read_table(path, columns=columns).cast(
-            pa.schema(list(zip(columns, kinds, strict=True)))
-        )
-        groups = table.group_by(columns[:4]).aggregate([("correct", "sum"), ("correct", "count")])
-        for row in groups.to_pylist():
-            if row[column] is None or (row["method"], row["seed"]) not in cells:
-                continue
-            key = (row["benchmark"], row["method"], row[column])
-            right, count = sums.get(key, (0.0, 0))
-            sums[key] = (right + row["correct_sum"], count + row["correct_count"])
-    found: dict[str, dict[str, list[tuple[Any, float]]]] = {}
-    for (benchmark, method, value), (right, count) in sorted(sums.items()):
-        found.setdefault(benchmark, {}).setdefault(method, []).append((value, right / count))
-    return found
 
 
 def by_group(
@@ -290,8 +271,18 @@ def _flat(data: Row, prefix: str = "") -> Iterable[tuple[str, Any]]:
 def turned(pair: Row) -> Row:
     """The same comparison said of the other arm."""
     opposite = {"better": "worse", "worse": "better"}
+    mirrored: dict[str, Any] = {}
+    if at := pair.get("at_cost"):
+        mirrored["at_cost"] = AT_COST.get(at, at)
+    if ratio := pair.get("cost_ratio"):
+        mirrored["cost_ratio"] = {k: 1 / v if v else None for k, v in ratio.items()}
+    if test := pair.get("mcnemar"):
+        mirrored["mcnemar"] = {**test, "b": test["c"], "c": test["b"]}
+    if test := pair.get("sign"):
+        mirrored["sign"] = {**test, "wins": test["losses"], "losses": test["wins"]}
     return {
         **pair,
+        **mirrored,
         "a": pair["b"],
         "b": pair["a"],
         "delta": -pair["delta"],
@@ -317,6 +308,27 @@ def against_base(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             )
         lines.append(cells)
     return ["points against the untrained student", *names], lines
+
+
+def telling(
+    solved: Solved, best: Sequence[str], other: str, most_arms: int = 6
+) -> tuple[list[str], list[int], list[list[str]]]:
+    """The problems on which the arms differ most: header without its first cell, which columns are words, and lines.
+
+    Of many arms those that come first and the one they are held against.
+    """
+    arms = [arm for arm in solved.arms if arm in {other, *best[: most_arms - 1]}]
+    about = [
+        name for name in ("level", "subject") if any(x is not None for x in solved.about[name])
+    ]
+    left = [1 + place for place, name in enumerate(about) if name == "subject"]
+    lines = []
+    for at in solved.telling()[:TELLING]:
+        said = ["–" if (x := solved.about[name][at]) is None else str(x) for name in about]
+        rows = [solved.arms.index(arm) for arm in arms]
+        shares = [percent(x) if (x := solved.shares[row, at]) >= 0 else "–" for row in rows]
+        lines.append([solved.problems[at], *said, *shares])
+    return [*about, *arms], left, lines
 
 
 # --- sentences ---------------------------------------------------------------------------------
@@ -361,6 +373,18 @@ def _reading(comparison: Comparison, benchmark: str) -> str:
     return f"on {benchmark}, " + ", and ".join(said)
 
 
+def held(solved: Solved, written: Sequence[Row]) -> str:
+    """Which texts the page has."""
+    drawn = int(solved.drawn.sum())
+    if len(written) == drawn:
+        return f"The texts of all {drawn:,} samples are in this page."
+    problems = len({row["problem"] for row in written})
+    return (
+        f"This page has the texts of {len(written):,} of {drawn:,} samples, of {problems:,} of {len(solved.problems):,} problems: "
+        "those on which the arms differ most. All are in samples/*.parquet."
+    )
+
+
 def _detectable(pairs: Sequence[Row]) -> str:
     sizes = [pair["mde"] for pair in pairs if pair.get("mde") is not None]
     if not sizes:
@@ -403,11 +427,80 @@ HOW_TO_READ = (
     "Intervals are 95 %, from problems and training seeds; differences are paired by problem. p is adjusted by Holm's method within a "
     "benchmark, over the comparisons with the reference and with base; all others are exploratory and their p is not adjusted. "
     "“cannot tell” comes with the smallest true difference that this design would have found four times in five (at 5 %, before "
-    "adjustment). Costs are charged: what one student of the method would have cost alone."
+    "adjustment). A rank comes with those that no pair of arms rules out, at 5 % for all pairs together; “best” is how often the arm "
+    "comes first among draws of what the accuracies may truly be. Costs are charged: what one student of the method would have cost alone."
 )
 
 
+def at_cost(comparison: Comparison, benchmark: str) -> str:
+    """What the verdicts against the reference are worth at their cost, and which arms are on the Pareto set; or nothing."""
+    other = comparison.reference or BASE
+    found: dict[str, list[str]] = {}
+    for label in comparison.labels:
+        pair = comparison.pair(benchmark, label, other) if label != BASE else None
+        if pair and pair.get("at_cost") not in (None, "cannot tell"):
+            ratio = pair["cost_ratio"]
+            said = [f"{ratio[k]:.2g} × the {n}" for k, n in COST_RATIO.items() if ratio[k]]
+            found.setdefault(pair["at_cost"], []).append(
+                f"{label} ({', '.join(said)})" if said else label
+            )
+    parts = [f"{what}: {listed(arms)}" for what, arms in found.items()]
+    arms = [row for row in comparison.summary.get("arms", ()) if row["benchmark"] == benchmark]
+    if not any("cost" in row for row in arms):
+        return ""
+    kept = [row["method"] for row in arms if row["cost"]["pareto"]]
+    parts.append(f"beaten by none of at most its cost: {listed(kept)}")
+    return f"Against {other} at its charged cost: {'; '.join(parts)}."
+
+
+COST_RATIO = {"tokens": "tokens", "flops": "FLOPs"}
+
+
+def single_sample(comparison: Comparison, benchmark: str) -> list[str]:
+    """Exact tests of single checkpoints, where a pair has them."""
+    said = []
+    for pair in comparison.pairs(benchmark):
+        if pair.get("exploratory"):
+            continue
+        if test := pair.get("mcnemar"):
+            counts = f"{test['b']} problems only by {pair['a']}, {test['c']} only by {pair['b']}"
+            said.append(f"{counts}: McNemar's exact p {p_value(test['p'])}")
+        if test := pair.get("sign"):
+            counts = (
+                f"{test['wins']} problems better by {pair['a']}, {test['losses']} by {pair['b']}"
+            )
+            said.append(f"{counts}: sign test p {p_value(test['p'])}")
+    return said
+
+
+def verdict_class(pair: Row) -> str:
+    """How a cell of the matrix looks."""
+    name = pair["verdict"] if pair["verdict"] in ("better", "worse") else "unsure"
+    return f"{name} exploratory" if pair.get("exploratory") else name
+
+
+def marked(pair: Row) -> str:
+    """▲ +3.2: the difference, with the verdict as a sign that needs no colour"""
+    sign = {"better": "▲ ", "worse": "▼ "}.get(pair["verdict"], "")
+    return sign + signed(pair["delta"])
+
+
 # --- numbers in words --------------------------------------------------------------------------
+
+
+def rank(row: Row) -> str:
+    """2 (1–3), or 2 alone where no other is possible"""
+    if row["rank"] is None:
+        return "–"
+    low, high = row["rank_ci95"]
+    return f"{row['rank']}" if low == high else f"{row['rank']} ({low}\N{EN DASH}{high})"
+
+
+def chance(p: float | None) -> str:
+    """A probability without false digits."""
+    if p is None:
+        return "–"
+    return "<1 %" if p < 0.01 else ">99 %" if p > 0.99 else f"{100 * p:.0f} %"
 
 
 def percent(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from harness import report, statistics
+from harness import report, standing, statistics
 from harness.report import formats, plots, reading
 from harness.report.plots import Scale, Style
 
@@ -90,6 +91,11 @@ def example(
             for column in total:
                 for name in QUANTITIES:
                     total[column][name] += run["ledger"][column][name]
+    ledgers = {cell["method"]: cell.get("ledger") for cell in judged.cells}
+    for arm in judged.arms:
+        charged = (ledgers[arm["method"]] or {"charged": dict.fromkeys(QUANTITIES, 0)})["charged"]
+        arm["ledger"] = {"charged": {k: arm["seeds"] * v for k, v in charged.items()}}
+    standing.add_costs(judged.arms, judged.pairs)
     for cell in judged.cells:
         cell.setdefault("ledger", {"charged": dict.fromkeys(QUANTITIES, 0), "spent": {}})
     summary = {
@@ -203,7 +209,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += attrs
-        if tag not in {"meta", "path", "rect", "br"}:
+        if tag not in {"meta", "path", "rect", "br", "input"}:
             self.open.append(tag)
         if tag == "table":
             self.tables.append([])
@@ -213,7 +219,7 @@ class Page(HTMLParser):
             self.tables[-1][-1].append("")
 
     def handle_endtag(self, tag):
-        if tag not in {"meta", "path", "rect", "br"}:
+        if tag not in {"meta", "path", "rect", "br", "input"}:
             assert self.open.pop() == tag
 
     def handle_data(self, data):
@@ -251,8 +257,11 @@ def test_leaderboard_shows_accuracy_and_charged_costs(page, comparison):
     assert rows["paced"][1] == f"{100 * arms['paced']['accuracy']:.1f} %"
     assert rows["paced"][3].endswith("better")
     # teacher generated 3.2e5 x 1.6, scored, student generated, trained 60 x 2048, FLOPs, mean seconds
-    assert rows["paced"][6:] == ["512k", "110k", "45k", "123k", "3.8e12", "115 s"]
-    assert rows["base"][6:] == ["0"] * 6
+    assert rows["paced"][8:] == ["512k", "110k", "45k", "123k", "3.8e12", "115 s"]
+    assert rows["base"][8:] == ["0"] * 6
+    low, high = arms["sft"]["rank_ci95"]
+    assert rows["sft"][4] == (f"{low}" if low == high else f"{arms['sft']['rank']} ({low}–{high})")
+    assert rows["paced"][5] == reading.chance(arms["paced"]["p_best"])
     means = [float(row[1].removesuffix(" %")) for row in board[2:]]
     assert means == sorted(means, reverse=True)
 
@@ -300,8 +309,8 @@ def test_matrix_says_every_pair_from_both_sides(page, comparison):
     cell = {
         (row[0], b): text for row in matrix[1:] for b, text in zip(labels, row[1:], strict=True)
     }
-    assert cell["paced", "sft"].startswith("better +")
-    assert cell["sft", "paced"].startswith("worse " + reading.MINUS)
+    assert cell["paced", "sft"].startswith("▲ +")
+    assert cell["sft", "paced"].startswith("▼ " + reading.MINUS)
     assert "detectable" in cell["heal", "sft"]
     assert "exploratory" in cell["paced", "limo"]
     assert cell["sft", "sft"] == "·"
@@ -316,15 +325,17 @@ def test_verdict_rows_carry_all_numbers(page, comparison):
 
 
 def test_page_is_one_file_that_opens_offline(written, page):
-    assert {"script", "link", "img", "iframe"}.isdisjoint(page.tags)
-    assert not [v for k, v in page.attributes if k in {"src", "href", "xlink:href"}]
+    assert {"link", "img", "iframe"}.isdisjoint(page.tags)
+    assert not [v for k, v in page.attributes if k in {"src", "xlink:href"}]
+    assert all(v.startswith("#") for k, v in page.attributes if k == "href")
     assert "url(" not in written["report.html"]
-    assert "http" not in written["report.html"]
+    assert "://" not in written["report.html"]
     assert page.open == []
 
 
 def test_page_escapes_what_others_wrote(written, page):
-    assert "<script" not in written["report.html"]
+    assert page.tags.count("script") == 1 + 2 * 2  # test_page.py says what is in them
+    assert "<script>alert" not in written["report.html"]
     assert "&lt;script&gt;alert(1)" in written["report.html"]
     assert "<b>think" not in written["report.html"]
     assert any("<script>alert(1)</script>|x_y" in text for text in page.text)
@@ -340,7 +351,8 @@ def test_page_draws_every_chart(written, page):
         "paced: weights",
     ):
         assert wanted in labels
-    assert "nan" not in written["report.html"].lower().replace("nano", "")
+    drawn = written["report.html"].partition("<script")[0].lower()
+    assert "nan" not in drawn.replace("nano", "")
 
 
 def test_page_says_what_was_done_and_under_which_conditions(page):
@@ -365,9 +377,9 @@ def test_markdown_and_latex_escape_and_agree(written, comparison):
         if "&lt;script" in line and line[0] == "|"
     }
     # leaderboard, verdicts, levels, gains: the label's own bar adds none
-    assert width <= {13, 9, 8, 4}
+    assert width <= {15, 9, 8, 4}
     assert "\\toprule" in table
-    assert "$<$script$>$alert(1)$<$/script$>$|x\\_y &" in table
+    assert "$<$script$>$alert(1)$<$/script$>$\\textbar{}x\\_y &" in table
     assert f"{100 * accuracy['accuracy']:.1f}$^{{\\uparrow}}$" in table
     assert table.count("{") == table.count("}")
 
@@ -382,6 +394,37 @@ def test_a_pair_reads_from_both_sides():
     back = {"a": "y", "b": "x", "delta": -0.2, "ci95": [-0.5, 0.1], "verdict": "better", "p": 0.3}
     assert reading.turned(pair) == back
     assert reading.turned(back) == pair
+    more = {"mcnemar": {"b": 5, "c": 1, "p": 0.2}, "at_cost": "worse but cheaper"}
+    more |= {
+        "sign": {"wins": 2, "losses": 7, "p": 0.2},
+        "cost_ratio": {"tokens": 0.5, "flops": None},
+    }
+    back = reading.turned({**pair, **more})
+    assert back["mcnemar"] == {"b": 1, "c": 5, "p": 0.2}
+    assert back["sign"] == {"wins": 7, "losses": 2, "p": 0.2}
+    assert back["at_cost"] == "better but costlier"
+    assert back["cost_ratio"] == {"tokens": 2, "flops": None}
+    assert reading.turned(back) == {**pair, **more}
+
+
+def test_place_and_cost_are_told(written, comparison):
+    markdown = written["report.md"]
+    said = reading.at_cost(comparison, "micro_math")
+    pair = comparison.pair("micro_math", "paced", "sft")
+    assert f"{pair['at_cost']}: " in said
+    assert f"paced ({pair['cost_ratio']['tokens']:.2g} × the tokens" in said
+    assert (
+        said in html.unescape(written["report.html"])
+        and "Against sft at its charged cost" in markdown
+    )
+    assert "| rank | best |" in markdown
+
+
+@pytest.mark.parametrize(
+    ("p", "text"), [(None, "–"), (0.0, "<1 %"), (0.034, "3 %"), (0.996, ">99 %")]
+)
+def test_a_chance_has_no_false_digits(p, text):
+    assert reading.chance(p) == text
 
 
 def test_levels_add_up_to_the_accuracy(comparison):
@@ -467,7 +510,7 @@ def small(folder: Path, purposes: list[dict], mechanisms: dict | None = None) ->
         (folder / "runs" / str(seed) / "run.json").write_text(json.dumps(run))
     if mechanisms is not None:
         (folder / "mechanisms.json").write_text(json.dumps({"arms": mechanisms}))
-    page, markdown, _ = (path.read_text(encoding="utf-8") for path in report.write(folder))
+    page, markdown, *_ = (path.read_text(encoding="utf-8") for path in report.write(folder))
     return page, markdown
 
 
@@ -644,11 +687,15 @@ def test_headline_names_better_worse_and_undecided(comparison):
 
 
 def test_one_seed_reads_as_no_verdict(tmp_path):
-    folder = example(tmp_path / "one", seeds=1, problems=30, arms=["sft", "paced"])
+    folder = example(tmp_path / "one", seeds=1, problems=30, arms=["sft", "paced", "heal"])
     report.write(folder)
     sentence = reading.headline(reading.load(folder))
     assert f"no verdict is given ({statistics.ONE_SEED})" in sentence
-    assert statistics.ONE_SEED in (folder / "report.md").read_text()
+    text = (folder / "report.md").read_text()
+    assert statistics.ONE_SEED in text
+    pair = reading.load(folder).pair("micro_math", "paced", "sft")
+    assert f"{pair['mcnemar']['b']} problems only by paced" in text
+    assert text.count("McNemar") == 10  # two benchmarks, five pairs of a family
 
 
 @pytest.mark.parametrize(
