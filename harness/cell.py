@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import ValidationError
 
-from harness import evaluation, models, problems, registry
+from harness import capsule, evaluation, models, problems, registry
 from harness.config import Budget, Experiment, Training, explain
 from harness.lab import Workbench
 from harness.ledger import Ledger
 from harness.models.hf import HFModel
 from harness.models.reward import RewardHF
+from harness.points import Points
 from harness.registry import Method
 from harness.store import Store, digest, short_digest, writing
 from harness.trainer import Trainer
@@ -51,6 +52,14 @@ class Job:
         return self.folder / "runs" / self.name / "run.json"
 
     @property
+    def capsule_file(self) -> Path:
+        return self.run_file.with_name(capsule.FILE)
+
+    @property
+    def points_file(self) -> Path:
+        return self.folder / "runs" / self.name / "points.jsonl"
+
+    @property
     def model_folder(self) -> Path:
         return self.folder / "models" / self.name
 
@@ -73,17 +82,56 @@ def _run(job: Job, experiment: Experiment, store: Store, report: Report) -> None
     trained = job.label == "base" or recorded(job, experiment)
     if not pending and trained:
         return
+    keep_capsule(job, experiment)
     spec = experiment.student if job.label == "base" or not trained else str(job.model_folder)
     student = student_model(spec)
-    if not trained:
-        train(job, experiment, student, store, report)
-    if os.environ.get("RANK", "0") != "0":
-        return  # under `accelerate launch` every rank trains, one judges
-    student.freeze()
-    for name in pending:
-        evaluate(job, experiment, name, student, store, report)
+    if (
+        os.environ.get("RANK", "0") != "0"
+    ):  # under `accelerate launch` every rank trains, one judges
+        if not trained:
+            train(job, experiment, student, store, report)
+        return
+    with Points(job.points_file, about(job, experiment)) as points:
+        report = points.sampling(report)
+        if not trained:
+            train(job, experiment, student, store, report, watch=_log(points))
+        student.freeze()
+        for name in pending:
+            evaluate(job, experiment, name, student, store, report)
     del student
     gc.collect()
+
+
+def _log(points: Points) -> Callable[[Trainer], None]:
+    def watch(trainer: Trainer) -> None:
+        if trainer.state.step:  # 0: the end of a stage, whose last step is logged
+            points.log(**trainer.state.curve[-1])
+
+    return watch
+
+
+def about(job: Job, experiment: Experiment) -> dict[str, Any]:
+    """What a run in progress says of itself."""
+    common = {
+        "label": job.label,
+        "seed": job.seed,
+        "data_seed": job.data_seed,
+        "student": experiment.student,
+        "teacher": experiment.teacher,
+        "benchmarks": list(experiment.benchmarks),
+        "config_hash": experiment.hash,
+    }
+    if job.label == "base":
+        return {**common, "method": "base", "key": "base"}
+    method, training, budget = recipe(experiment, job.label)
+    return {
+        **common,
+        "method": method.name,
+        "key": key(job, experiment),
+        "config": method.model_dump(mode="json"),
+        "training": training.model_dump(mode="json"),
+        "budget": budget.model_dump(mode="json"),
+    }
 
 
 def train(
@@ -153,6 +201,8 @@ def train(
         "budget": budget.model_dump(mode="json"),
         "start": start,
         "student": student.identity,
+        "models": {name: model.identity for name, model in sorted(lab.models.loaded.items())},
+        "weights": capsule.weights(job.model_folder),
         "stages": trainer.state.stages,
         "notes": lab.notes,
         "curve": trainer.state.curve,
@@ -218,6 +268,21 @@ def recipe(experiment: Experiment, label: str) -> tuple[Method, Training, Budget
     return registry.build(label, given, experiment.name), training, budget
 
 
+def resolved(experiment: Experiment, label: str) -> dict[str, Any]:
+    """The experiment with this arm alone, and all that it inherits from the suite, defaults or its paper written out."""
+    data = experiment.model_dump(mode="json", exclude={"sweep"})
+    if label == "base":
+        return data
+    method, training, budget = recipe(experiment, label)
+    return {
+        **data,
+        "methods": {label: {"method": method.name, **method.model_dump(mode="json")}},
+        "training": training.model_dump(mode="json"),
+        "budget": budget.model_dump(mode="json"),
+        "reference": "base",
+    }
+
+
 def _merged(training: Training, own: Mapping[str, Any], source: str) -> Training:
     try:
         return Training.model_validate({**training.model_dump(), **own})
@@ -243,6 +308,41 @@ def fingerprint(spec: Any) -> Any:
         name = f"ask {name}"
     files = sorted(file for file in path.glob("*") if file.is_file())
     return [name, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
+
+
+def keep_capsule(job: Job, experiment: Experiment) -> None:
+    """Write what a repetition needs, before the work; conditions that changed since an earlier process are added.
+
+    A student that was trained before there were capsules was so under conditions that nobody knows: {}.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    before, now = capsule.read(job.capsule_file), capsule.conditions()
+    worked = before["conditions"] if before else [{}] if job.run_file.is_file() else []
+    worked += [] if worked[-1:] == [now] else [now]
+    write_json(job.capsule_file, {**contents(job, experiment), "conditions": worked})
+
+
+def contents(job: Job, experiment: Experiment) -> dict[str, Any]:
+    """What of a cell's capsule does not depend on who runs it."""
+    return {
+        "experiment": resolved(experiment, job.label),
+        "label": job.label,
+        "seed": job.seed,
+        "data_seed": job.data_seed,
+        "problems": capsule.file_digest(job.folder / "problems.jsonl"),
+        "benchmarks": {
+            name: {
+                "problems": problems.contents(
+                    evaluation.problems_of(
+                        name, limit=given.limit, levels=given.levels, options=given.options
+                    )
+                ),
+                "protocol": short_digest(evaluation.protocol_of(name, given.options)),
+            }
+            for name, given in experiment.benchmarks.items()
+        },
+    }
 
 
 def student_model(spec: Any) -> HFModel:

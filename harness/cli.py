@@ -305,6 +305,123 @@ def ui(
 
 
 @app.command()
+def reproduce(
+    run: Annotated[str, typer.Argument(help="NAME/LABEL/SEED, or the folder of the run.")],
+    into: Annotated[
+        Path | None, typer.Option(help="Default: results/NAME/reproduced/LABEL/SEED.")
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take samples out of this store; default: a new one, all is drawn again."
+        ),
+    ] = None,
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            help="T1: bit for bit. T0: alike. Default: T1 if the environment is the same."
+        ),
+    ] = None,
+    results: Results = RESULTS,
+) -> None:
+    """Run a trained cell again from its capsule and say where it first differs; exit status 1 if it is not what the tier promises."""
+    from harness.reproduce import reproduce as again
+
+    def say(line: str) -> None:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    outcome = again(run, results=results, into=into, store=store, tier=tier, say=say)
+    for line in outcome.lines():
+        say(line)
+    if not outcome.equal:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(help="Name of a comparison.")],
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Default: NAME.retort.tar.gz, here.")
+    ] = None,
+    models: Annotated[bool, typer.Option("--models", help="With the trained students.")] = False,
+    store: Annotated[
+        bool, typer.Option("--store", help="With all samples of the teacher in the store.")
+    ] = False,
+    results: Results = RESULTS,
+) -> None:
+    """Pack a comparison, and its sweep, into one archive for another machine."""
+    from harness.export import export as pack
+    from harness.progress import Display, throttled
+
+    with Display(1) as display:
+        file = pack(
+            name,
+            results=results,
+            out=output,
+            models=models,
+            store=_store(results).root if store else None,
+            progress=throttled(lambda event: display(*event), name),
+        )
+    size = f"{file.stat().st_size / 2**20:.1f} MiB"
+    lacks = [what for what, there in (("students", models), ("samples", store)) if not there]
+    without = f", without {' and '.join(lacks)}" if lacks else ""
+    out.print(f"Written: {file} ({size}{without})", highlight=False, soft_wrap=True)
+
+
+@app.command("import")
+def unpack(
+    file: Annotated[Path, typer.Argument(help="An archive of retort export.")],
+    results: Results = RESULTS,
+) -> None:
+    """Check an archive, unpack it under results/NAME, write its report again and mirror it to MLflow."""
+    from harness.export import unpack as run
+    from harness.progress import Display, throttled
+
+    with Display(1) as display:
+        folder = run(
+            file,
+            results=results,
+            store=_store(results).root,
+            progress=throttled(lambda event: display(*event), file.name),
+        )
+    out.print(f"Imported: {folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sync(
+    name: Annotated[
+        str | None, typer.Argument(help="A comparison or sweep; default: all under results.")
+    ] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make the MLflow store again from the results.")
+    ] = False,
+    models: Annotated[
+        bool, typer.Option("--models", help="Register the trained students too.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="With --rebuild on a server: delete our runs there.")
+    ] = False,
+    uri: Annotated[
+        str | None,
+        typer.Option(help="Tracking store; default MLFLOW_TRACKING_URI or results/mlflow.db."),
+    ] = None,
+    results: Results = RESULTS,
+) -> None:
+    """Record in MLflow what is not there yet, as after its server was down; what is there stays."""
+    from harness import tracking
+
+    if rebuild:
+        if name is not None:
+            raise ValueError(
+                f"--rebuild makes the whole store again, not {name!r} alone: leave the name out"
+            )
+        done = tracking.rebuild(results, uri=uri, models=models, sure=yes)
+    else:
+        done = tracking.sync(results, name, uri=uri, models=models)
+    out.print(f"Recorded in MLflow: {', '.join(done)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method: its card and fields.")] = None,
 ) -> None:
@@ -346,7 +463,7 @@ def benchmarks() -> None:
 
 @app.command()
 def doctor(suite: Suite, set_: Set = None) -> None:
-    """Say what would go wrong: vocabularies, templates, end tokens, lengths, memory, missing extras."""
+    """Say what would go wrong, and what to do: tokenizers, templates, truncation, losses, memory, missing extras."""
     from harness import doctor as checks
 
     findings = checks.examine(suite, set_ or ())
@@ -356,6 +473,49 @@ def doctor(suite: Suite, set_: Set = None) -> None:
         out.print(finding.text, markup=False, highlight=False, soft_wrap=True)
     if any(finding.level == "problem" for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    suite: Suite,
+    set_: Set = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Hours on this GPU, e.g. h100; default: on this machine.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0.0, help="Of an hour of one GPU, for the cost.")
+    ] = None,
+    utilisation: Annotated[
+        float | None, typer.Option(help="Of a GPU's FLOP/s and bandwidth; default 0.35.")
+    ] = None,
+    probe: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training problems looked at; default 256, of stand-ins 64."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a response, where the models are not here.")
+    ] = None,
+) -> None:
+    """Say what a suite will cost before anything runs: tokens, FLOPs, memory, disk, hours, money."""
+    from harness import plan as planning
+    from harness.report import plan as said
+
+    found = planning.forecast(
+        suite,
+        overrides=set_ or (),
+        gpu=gpu,
+        price=price,
+        utilisation=planning.UTILISATION if utilisation is None else utilisation,
+        num_problems=probe,
+        tokens=tokens,
+    )
+    table = Table(*said.HEADER, box=None, pad_edge=False)
+    for row in said.rows(found):
+        table.add_row(*map(escape, row))
+    out.print(table)
+    out.print()
+    for line in said.sentences(found):
+        out.print(f"{line}.", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -6,8 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,16 +27,17 @@ from harness import (
     registry,
     report,
     space,
+    standing,
     statistics,
     tracking,
 )
+from harness.capsule import environment
 from harness.cell import Job, write_json
 from harness.config import Benchmark, Experiment, find_suite, load, nearest
 from harness.ledger import Ledger, total
 from harness.progress import Display, Event, end_with_parent, throttled
 from harness.types import Problem
 
-PACKAGES = ("torch", "transformers", "lm-eval", "math-verify", "datasets", "accelerate", "mlflow")
 FREE_BYTES = 200 * 2**20  # a comparison wants at least this much disk
 
 
@@ -86,7 +84,10 @@ def compare(
     for job in jobs:
         if job.label != "base":
             cell.recorded(job, setting)  # refuses another configuration before anything runs
-    with Display(len(jobs)) if not quiet else Silent() as display:
+    with (
+        Display(len(jobs)) if not quiet else Silent() as display,
+        tracking.watching(folder, track),
+    ):
         run(jobs, setting.workers, display)
     if os.environ.get("RANK", "0") != "0":
         return {}
@@ -304,6 +305,7 @@ def summarise(
     for row in judged.arms:
         mine = [Ledger.from_dict(ledgers[at]) for at in ledgers if at[0] == row["method"]]
         row["ledger"] = total(mine).summary() if mine else free
+    standing.add_costs(judged.arms, judged.pairs)
     protocol = evaluation.protocol(setting.benchmarks, setting.student)
     return {
         "name": setting.name,
@@ -330,23 +332,6 @@ def in_bands(records: Sequence[Mapping[str, Any]], setting: Experiment) -> list[
     ]
 
 
-def environment() -> dict[str, Any]:
-    """What differs from machine to machine and run to run."""
-    import torch
-
-    return {
-        "packages": {name: metadata.version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
-        "host": platform.node(),
-        "cpus": os.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": _commit(),
-        "version": metadata.version("retort"),
-    }
-
-
 def use_data(setting: Experiment) -> None:
     """A suite's `data_dir` stands for RETORT_DATA, here and in the workers."""
     if setting.data_dir is not None:
@@ -369,15 +354,6 @@ def _source(name: str, options: Mapping[str, Any]) -> str:
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     return name
-
-
-def _commit() -> str | None:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def chosen(setting: Experiment, methods: Sequence[str] | None) -> list[str]:

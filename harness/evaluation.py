@@ -45,6 +45,7 @@ METRICS = (
 COLUMNS = {
     "benchmark": "string",
     "problem": "string",
+    "prompt": "string",  # the problem's text; of others' tasks all that the model was given
     "sample": "int32",
     "correct": "bool",
     "status": "string",
@@ -598,6 +599,7 @@ def _record(
     return {
         "benchmark": name,
         "problem": problem.id,
+        "prompt": problem.prompt,
         "sample": index,
         "correct": verdict.correct,
         "status": verdict.status,
@@ -634,7 +636,8 @@ def _scored(
             continue
         correct = float(sample[metric]) == 1.0
         response = responses.get((key, sample["doc_id"]), [Response("", 0, True)])[0]
-        problem = Problem(f"{key}/{sample['doc_id']}", "", domain=key)
+        prompt = str(sample["arguments"][0][0])
+        problem = Problem(f"{key}/{sample['doc_id']}", prompt, domain=key)
         verdict = Verdict("ok" if correct else "wrong")
         records.append(_record(name, problem, 0, response, verdict, seed))
     return records

@@ -28,12 +28,12 @@ import torch
 from torch import nn
 
 from harness import cell, report
+from harness.capsule import environment
 from harness.cell import Job, write_json
 from harness.compare import (
     Silent,
     check_models,
     check_writable,
-    environment,
     experiment,
     prepare,
     use_data,

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import cell, evaluation, study, tracking
+from harness.capsule import environment
 from harness.cell import Job, write_json
 from harness.compare import (
     Silent,
     check,
     check_writable,
-    environment,
     experiment,
     prepare,
     summarise,
@@ -111,16 +111,17 @@ def sweep(
     data = read_data(setting, folder)
     for plan in plans.values():
         _same(study.open_study(plan), "data", data, study.shown(plan))
-    for label, plan in plans.items():
-        book = Book(home, setting, spaces[label], plan, dev)
-        objective = Trial(setting.model_dump(mode="json"), label, folder, store)
-        with Display(trials) if not quiet else Silent() as display:
-            study.run(plan, objective, setting.workers, Recording(display, book, track))
-        book.show(track)
-        book.confirm = confirm(
-            setting, spaces[label], book.entry(), folder, store, contamination, quiet=quiet
-        )
-        book.show(track)
+    with tracking.watching(home, track):
+        for label, plan in plans.items():
+            book = Book(home, setting, spaces[label], plan, dev)
+            objective = Trial(setting.model_dump(mode="json"), label, folder, store)
+            with Display(trials) if not quiet else Silent() as display:
+                study.run(plan, objective, setting.workers, Recording(display, book))
+            book.show(track)
+            book.confirm = confirm(
+                setting, spaces[label], book.entry(), folder, store, contamination, quiet=quiet
+            )
+            book.show(track)
     found: dict[str, Any] = json.loads((home / "sweep.json").read_text(encoding="utf-8"))
     return {**found, "studies": [each for each in found["studies"] if each["label"] in labels]}
 
@@ -264,8 +265,8 @@ class Book:
 class Recording:
     """A display that also writes the record as trials end."""
 
-    def __init__(self, display: Any, book: Book, track: bool) -> None:
-        self.display, self.book, self.track, self.last = display, book, track, time.monotonic()
+    def __init__(self, display: Any, book: Book) -> None:
+        self.display, self.book, self.last = display, book, time.monotonic()
 
     def __call__(self, *event: Any) -> None:
         self.display(*event)
@@ -276,7 +277,7 @@ class Recording:
     def finish(self, name: str, note: str = "done") -> None:
         self.display.finish(name, note)
         if time.monotonic() - self.last > EVERY:
-            self.book.show(self.track)
+            self.book.show(track=False)  # MLflow is told meanwhile, by another process
             self.last = time.monotonic()
 
 

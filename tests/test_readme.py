@@ -16,12 +16,11 @@ from harness.space import space
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SWEEPS = (ROOT / "docs/sweeps.md").read_text(encoding="utf-8")
 
 
-def block(language: str, containing: str) -> str:
-    found = [
-        b for b in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in b
-    ]
+def block(language: str, containing: str, page: str = README) -> str:
+    found = [b for b in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL) if containing in b]
     assert len(found) == 1
     return str(found[0])
 
@@ -82,7 +81,7 @@ def test_the_example_method_is_a_whole_method(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_sweep_section_is_valid() -> None:
     suite = config.load(ROOT / "benchmarks/suites/quickstart.yaml")
-    section = yaml.safe_load(block("yaml", "sweep:"))
+    section = yaml.safe_load(block("yaml", "sweep:", SWEEPS))
     setting = config.parse({**suite.model_dump(mode="json"), **section})
     found = space(setting, "paced")
     assert list(found.dimensions)[-1] == "switch" and found.dimensions["alpha"].high == 2

@@ -45,9 +45,13 @@ def test_help_lists_the_commands() -> None:
         "methods",
         "benchmarks",
         "doctor",
+        "plan",
         "cache",
         "mechanisms",
         "sweep",
+        "reproduce",
+        "export",
+        "import",
     ):
         assert command in done.stdout
 
@@ -129,6 +133,7 @@ def test_cache_shows_an_empty_store(tmp_path: Path) -> None:
         (["compare", "quickstart", "--methods", "pacd"], "did you mean 'paced'"),
         (["compare", "quickstart", "--set", "budget.stps=3"], "did you mean 'steps'"),
         (["compare", "quickstart", "--set", "budget"], "write key.key=value"),
+        (["plan", "quickstart", "--gpu", "h10"], "did you mean 'h100'"),
         (["mechanisms", "quickstart"], "an oracle judges one set and a mixture has none"),
         (["methods", "pacd"], "did you mean 'paced'"),
         (["report", "nothing"], "no finished comparison 'nothing'"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from harness import compare
+from harness import compare, points
 from harness.compare import check, experiment, in_bands, prepare
 from harness.config import parse
 
@@ -82,6 +82,23 @@ def test_the_summary_has_the_documented_form(whole: tuple[Path, dict[str, Any]])
     for name in ("report.html", "report.md", "table.tex"):
         assert (folder / "results/small" / name).stat().st_size > 200
     assert (folder / "results/small/models/sft/1/model.safetensors").is_file()
+
+
+def logged(folder: Path) -> None:
+    """What the runs logged as they went on is what they kept at their end."""
+    kept = sorted(folder.glob("runs/*/*/run.json"))
+    assert len(kept) == 4
+    for path in kept:
+        found = points.read(path.with_name("points.jsonl"))
+        steps = [{k: v for k, v in row.items() if k != "time"} for row in found.steps]
+        assert steps == json.loads(path.read_text())["curve"] and len(steps) == 6
+        assert found.samples[-1]["phase"] == "end"
+
+
+def test_runs_log_their_points_as_they_go(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = whole
+    logged(folder / "results/small")
+    assert points.read(folder / "results/small/runs/base/0/points.jsonl").samples
 
 
 def test_arms_share_the_teachers_samples(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -187,6 +204,7 @@ def test_kill_9_anywhere_ends_in_the_same_cells_and_pairs(
     resumed = json.loads((tmp_path / "results/small/summary.json").read_text())
     assert judged(resumed) == judged(summary)
     assert charged(resumed) == charged(summary)
+    logged(tmp_path / "results/small")
 
 
 @pytest.mark.slow

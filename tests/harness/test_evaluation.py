@@ -66,6 +66,7 @@ def test_a_record_for_each_problem_and_sample() -> None:
         "math",
         5,
     )
+    assert first["prompt"] == expected[0].prompt and first["gold"] == expected[0].answer
     assert first["tokens"] == len(model.tokenize(first["text"])) and not first["truncated"]
     ((requests, sampling),) = model.asked
     assert sampling == Sampling(n=3, temperature=1.0, max_new_tokens=128, seed=5)
@@ -346,6 +347,7 @@ def test_generation_tasks_and_groups(other_tasks: None) -> None:
         ("write/0", True), ("write/1", False), ("write/2", False),
     ]  # fmt: skip
     assert [r["text"] for r in found["both"][3:]] == ["green"] * 3 and len(found["micro_math"]) == 2
+    assert found["both"][3]["prompt"] == "Grass is"
     requests, sampling = model.asked[0]
     assert requests[0].prompt == "Grass is" and (sampling.stop, sampling.max_new_tokens) == (
         ("\n",),
