@@ -452,6 +452,7 @@ def server(root: Path, port: int):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        _until(lambda: not tracking._answers("127.0.0.1", port))  # its workers die a little later
 
 
 def _healthy(port: int) -> bool:
