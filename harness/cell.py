@@ -72,6 +72,9 @@ def run(job: Job, report: Report) -> None:
     experiment = Experiment.model_validate(job.experiment)
     torch.set_num_threads(experiment.threads or max(1, (os.cpu_count() or 1) // experiment.workers))
     store = Store(job.store)
+    if os.environ.get("RANK", "0") != "0":  # trains beside rank 0, which holds the claim
+        _run(job, experiment, store, report)
+        return
     # Two comparisons of one name: the second waits for a cell, and then finds it done.
     with store.claim("cells", {"folder": str(job.folder.resolve())}, job.name.replace("/", "-")):
         _run(job, experiment, store, report)

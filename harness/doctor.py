@@ -502,9 +502,7 @@ def _memory(setting: Experiment) -> Iterator[Finding]:
         room, where = torch.cuda.mem_get_info()[0], "GPU memory"
     else:
         room, where = psutil.virtual_memory().available, "memory"
-    text = (
-        f"about {need / GIB:.2f} GiB of {room / GIB:.1f} GiB {where} for {setting.workers} workers"
-    )
+    text = f"about {need / GIB:.2f} GiB of {room / GIB:.1f} GiB {where} for {setting.workers} worker{'s' * (setting.workers != 1)}"
     if need > 0.8 * room:
         text += ": it may run out; lower workers, training.micro_tokens or max_new_tokens, or take smaller models"
     yield Finding(

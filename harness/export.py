@@ -40,7 +40,10 @@ KINDS = ("summary.json", "sweep.json")  # a comparison is finished, or its sweep
 MANIFEST_BYTES = 64 * 2**20  # a manifest is not larger
 CHUNK = 2**20
 LEFT_OUT = {"reproduced", "study.log.leases"}  # folders; and checkpoints, partial and hidden files
-DERIVED = ("report.html", "report.md", "table.tex", "sweep.html", "sweep.md")  # written again
+DERIVED = (  # written again
+    *("report.html", "report.md", "table.tex", "cells.csv", "pairs.csv"),
+    *("sweep.html", "sweep.md"),
+)
 DAMAGED = (EOFError, tarfile.TarError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError)
 
 
@@ -121,6 +124,7 @@ def unpack(
         }
         for member, place in places.items():
             _check_free(place, manifest["files"][member]["sha256"], folder)
+        _check_shown(file, fresh / "results")
         if not folder.exists():
             os.rename(fresh / "results", folder)
         for member, place in places.items():
@@ -132,15 +136,31 @@ def unpack(
         for path in made:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-    for name, write, mirror in (
-        ("summary.json", report.write, tracking.record),
-        ("sweep.json", sweep.write, tracking.record_sweep),
-    ):
+    for name, mirror in zip(KINDS, (tracking.record, tracking.record_sweep), strict=True):
         if (folder / name).is_file():
-            write(folder)
+            _reports(name)(folder)
             if track:
                 mirror(folder)
     return folder
+
+
+def _reports(kind: str) -> Callable[[Path], object]:
+    return report.write if kind == "summary.json" else sweep.write
+
+
+def _check_shown(file: Path, folder: Path) -> None:
+    """Refuse, before anything is in place, what no report can be made of."""
+    for name in KINDS:
+        if (folder / name).is_file():
+            try:
+                _reports(name)(folder)
+            except OSError:  # a full disk
+                raise
+            except Exception as error:  # whatever another version, or somebody, put there
+                why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                raise ValueError(
+                    f"{file}: its {name} is not one that this version shows ({why})"
+                ) from None
 
 
 def _files(folder: Path, models: bool) -> Iterator[str]:

@@ -231,7 +231,8 @@ class _Mirror:
 
     def _children(self, parent: str) -> dict[str, Any]:
         runs = self._search(f"tags.`mlflow.parentRunId` = '{parent}'")
-        return {run.data.tags["retort.key"]: run for run in runs}
+        # A run without a key is somebody's own.
+        return {key: run for run in runs if (key := run.data.tags.get("retort.key"))}
 
     def _child(
         self,
@@ -259,10 +260,12 @@ class _Mirror:
                 self.experiment, start_time=start, tags={**fresh, **tags}, run_name=key
             )
             run = _Run(self.client, made.info.run_id, None, made.info.start_time)
-            run.log(params=params.items())
+            told = {}
         else:
             run = _Run(self.client, found.info.run_id, found, found.info.start_time)
             run.log(tags=tags)
+            told = found.data.params  # not all of them, where the first pass was cut
+        run.log(params=[field for field in params.items() if field[0] not in told])
         when = times or {}
         grown = points(curve[logged:])
         run.log([(name, value, when.get(step, written), step) for name, value, step in grown])

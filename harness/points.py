@@ -92,7 +92,14 @@ class Points:
         size = os.fstat(self._file).st_size
         self._torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
         if not size:
-            self._write(json.dumps({"about": self.about}) + "\n")
+            try:
+                self._write(json.dumps({"about": self.about}) + "\n")
+            except (
+                OSError
+            ):  # later then: whoever continues a file that does not say whose it is empties it
+                os.close(self._file)
+                self._file = None
+                raise
         return self._file
 
     def _write(self, line: str) -> None:

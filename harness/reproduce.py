@@ -68,6 +68,7 @@ class Outcome:
     models: list[str] = field(default_factory=list)  # that are not what they were
     answers: dict[str, Answers] = field(default_factory=dict)
     charged: dict[str, tuple[float, float]] = field(default_factory=dict)  # that differ; first, now
+    trained: bool = True  # otherwise there are but samples to compare
 
     @property
     def identical(self) -> bool:
@@ -83,10 +84,10 @@ class Outcome:
     def lines(self) -> list[str]:
         """The verdict first, then all that differs."""
         if self.identical:
-            count = sum(found.samples for found in self.answers.values())
-            return [
-                f"identical bit for bit: weights, loss curve, {count} samples and their verdicts, charged costs"
-            ]
+            same = f"{sum(found.samples for found in self.answers.values())} samples and their verdicts"
+            if self.trained:
+                same = f"weights, loss curve, {same}, charged costs"
+            return [f"identical bit for bit: {same}"]
         found = [f"{name} is another model than then" for name in self.models]
         if self.curve is not None:
             found.append(f"the loss curve differs first in {self.curve}")
@@ -220,7 +221,8 @@ def compared(home: Path, job: Job, outcome: Outcome) -> Outcome:
             evaluation.read_records(_samples(home, name)),
             evaluation.read_records(job.samples_file(name)),
         )
-    if job.label == "base":
+    outcome.trained = job.label != "base"
+    if not outcome.trained:
         return outcome
     first, second = _read(home / "run.json"), _read(job.run_file)
     outcome.curve = first_step(first["curve"], second["curve"])

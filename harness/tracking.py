@@ -70,7 +70,12 @@ def watching(folder: Path, on: bool = True, every: float = EVERY) -> Iterator[No
         "stdout": subprocess.DEVNULL,
         "stderr": subprocess.DEVNULL,
     }
-    process = subprocess.Popen([sys.executable, "-c", code], **quiet)
+    try:
+        process = subprocess.Popen([sys.executable, "-c", code], **quiet)
+    except OSError as error:  # no memory or process left for it: what it would show is shown at the end
+        print(f"retort: MLflow is not kept up meanwhile: {error.strerror}", file=sys.stderr)
+        yield
+        return
     try:
         yield
     finally:
@@ -138,12 +143,14 @@ def rebuild(
         return sync(results, uri=uri, models=models)
     with _one_writer(uri, results):
         old = _runs(file)
-        strange = [
-            place for place in old.values() if place is not None and not _inside(place, results)
-        ]
+        mine = {
+            "",
+            *(str(folder.resolve()) for folder in chosen),
+        }  # what is gone from there is lost too
+        strange = [place for place in old.values() if place is not None and place not in mine]
         if strange or None in old.values():
             raise ValueError(
-                f"{file} also holds runs that are not of {results} "
+                f"{file} also holds runs that are not, or no longer, of {results} "
                 f"(such as those of {next(iter(strange), 'another program')}), which --rebuild would lose: "
                 "use another database for these, or remove the file yourself"
             )
@@ -286,13 +293,15 @@ def _experiments(file: Path | None) -> list[tuple[str, str]]:
 
 
 def _asked(file: Path, query: str) -> list[Sequence[Any]]:
-    """What a database answers; nothing if it is none, or damaged."""
+    """What a database answers; nothing if it is none, or damaged. One that is busy or may not be read is not empty."""
     if not file.is_file():
         return []
     try:
         with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as opened:
             return opened.execute(query).fetchall()
-    except sqlite3.DatabaseError:
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError) and "no such table" not in str(error):
+            raise ValueError(f"{file} cannot be read: {error}; try again") from None
         return []
 
 
@@ -304,10 +313,6 @@ def _let_read(file: Path | None) -> None:
             contextlib.closing(sqlite3.connect(file, timeout=1)) as opened,
         ):
             opened.execute("pragma journal_mode = wal")
-
-
-def _inside(folder: str, results: Path) -> bool:
-    return not folder or Path(folder).parent == results.resolve()
 
 
 def _swap(aside: Path, file: Path) -> None:

@@ -198,16 +198,17 @@ class Comparison:
 def load(folder: Path) -> Comparison:
     """Read what a comparison wrote; all but the summary may be missing."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    cells = {(cell["method"], cell["seed"]) for cell in summary["cells"]}
+    cells = {(cell["method"], cell["seed"], cell.get("data_seed", 0)) for cell in summary["cells"]}
+    several = len(Comparison(summary).data_seeds) > 1
     runs = [
         json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((folder / "runs").rglob("run.json"))
+        if samples.of_several(path.parent.name) == several
     ]
-    order = {cell: place for place, cell in enumerate(sorted(cells, key=str))}
-    runs = [run for run in runs if (run["label"], run["seed"]) in cells]
-    runs.sort(key=lambda run: (order[run["label"], run["seed"]], run.get("data_seed", 0)))
-    drawn = samples.read(folder, cells)
-    mechanisms = _mechanisms(folder, {label for label, _ in cells})
+    at = [(run["label"], run["seed"], run.get("data_seed", 0)) for run in runs]
+    runs = [runs[i] for i in sorted(range(len(runs)), key=lambda i: str(at[i])) if at[i] in cells]
+    drawn = samples.read(folder, cells, several)
+    mechanisms = _mechanisms(folder, {label for label, *_ in cells})
     path = folder / "snr.json"
     snr = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     return Comparison(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,9 +185,13 @@ def _turns(table: pa.Table) -> NDArray[np.int64]:
     return np.asarray(turn[run.reshape(-1)], np.int64)
 
 
-def read(folder: Path, cells: set[tuple[str, int]]) -> Samples:
-    """The samples of these (method, seed) in a results folder."""
-    files = sorted((folder / "samples").glob("*.parquet"))
+def read(folder: Path, cells: set[tuple[str, int, int]], several: bool = False) -> Samples:
+    """The samples of these (method, seed, data seed) in a results folder; names tell data seeds apart where there are several."""
+    files = [
+        path
+        for path in sorted((folder / "samples").glob("*.parquet"))
+        if "--base--" in path.name or of_several(path.stem) == several
+    ]
     tables = [SCHEMA.empty_table()]
     for place, path in enumerate(files):
         parquet = pq.ParquetFile(path)
@@ -199,17 +204,24 @@ def read(folder: Path, cells: set[tuple[str, int]]) -> Samples:
         found = found.append_column("file", pa.array(np.full_like(rows, place)))
         found = found.append_column("row", pa.array(rows)).select(SCHEMA.names)
         found = found.cast(SCHEMA)  # a column of nulls has a type of its own
-        of = found.group_by(["method", "seed"]).aggregate([]).to_pylist()
-        for cell in of:
-            if (cell["method"], cell["seed"]) not in cells:
-                other = pc.or_(
-                    pc.not_equal(found["method"], cell["method"]),
-                    pc.not_equal(found["seed"], cell["seed"]),
-                )
-                found = found.filter(other)
+        keys = {name: found[name] for name in ("method", "seed")}
+        keys["data_seed"] = found["data_seed"].fill_null(0)
+        of = pa.table(keys).group_by(list(keys)).aggregate([]).to_pylist()
+        wanted = [cell for cell in of if tuple(cell.values()) in cells]
+        if len(wanted) < len(of):
+            mine = np.zeros(found.num_rows, bool)
+            for cell in wanted:
+                same = [np.asarray(pc.equal(keys[name], cell[name])) for name in keys]
+                mine |= np.logical_and.reduce(same)
+            found = found.filter(pa.array(mine))
         tables.append(found)
     table = pa.concat_tables(_encoded(each) for each in tables)
     return Samples(files, table.unify_dictionaries().combine_chunks())
+
+
+def of_several(name: str) -> bool:
+    """Whether a cell was one of several data seeds: a comparison that got a second one leaves those of before beside its own."""
+    return re.search(r"-data\d+$", name) is not None
 
 
 def _encoded(table: pa.Table) -> pa.Table:

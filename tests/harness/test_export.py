@@ -185,10 +185,12 @@ def test_a_second_import_changes_nothing_and_another_content_is_refused(
 ) -> None:
     folder, archive = made
     target = export.unpack(archive, results=tmp_path, track=False)
-    (target / "report.html").write_text("old")  # is written again in any case
+    for name in ("report.html", "cells.csv", "pairs.csv"):  # are written again in any case
+        (target / name).write_text("old")
     export.unpack(archive, results=tmp_path, track=False)
     before = contents(tmp_path)
-    assert before["small/report.html"] == (folder / "report.html").read_bytes()
+    for name in ("report.html", "cells.csv", "pairs.csv"):
+        assert before[f"small/{name}"] == (folder / name).read_bytes()
     (target / "problems.jsonl").write_text("others\n")
     before["small/problems.jsonl"] = b"others\n"
     (target / "summary.json").unlink()
@@ -245,6 +247,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest": (lambda path: forged(path, GOOD, {"files": 3}), "cannot be read"),
     "empty": (lambda path: forged(path, {}), "cannot be read"),
     "no comparison": (lambda path: forged(path, {"results/a": b""}), "cannot be read"),
+    "summary": (lambda path: forged(path, GOOD), "summary.json is not one that this version shows (KeyError: 'cells')"),
     "text": (lambda path: path.write_text("hello"), "is damaged, or no archive"),
     "other gzip": (lambda path: path.write_bytes(gzip.compress(b"hello")), "no archive of `retort export`"),
 }  # fmt: skip

@@ -305,6 +305,28 @@ def test_a_comparison_that_runs_is_shown_and_goes_on_in_the_same_runs(recorded):
     assert {run.info.status for run in runs(uri, "live").values()} == {"KILLED"}
 
 
+def test_a_pass_that_was_cut_before_the_parameters_is_completed(recorded, monkeypatch):
+    student(recorded / "cut", "a", 0)
+    log = mirror._Run.log
+
+    def cut(self, metrics=(), params=(), tags=None):
+        if list(params):
+            raise OSError("cut")
+        log(self, metrics, params, tags)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mirror._Run, "log", cut)
+        with pytest.raises(ValueError, match="cut: cut"):
+            tracking.sync(recorded, "cut")
+    early = runs(uri_of(recorded), "cut")["a/0"]
+    assert not early.data.params
+    tracking.sync(recorded, "cut")
+    now = runs(uri_of(recorded), "cut")["a/0"]
+    assert now.info.run_id == early.info.run_id
+    fields = {"alpha": "0.5", "seed": "0", "budget.steps": "9", "training.batch_size": "16"}
+    assert now.data.params == fields
+
+
 def _until(true, seconds=120):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -338,13 +360,56 @@ def test_rebuild_makes_the_store_again(recorded):
     assert not old & there and len(new & there) >= 6
 
     stranger = client(uri).create_run("0")
-    with pytest.raises(ValueError, match=r"runs that are not of .*would lose"):
+    with pytest.raises(ValueError, match=r"runs that are not, or no longer, of .*would lose"):
         tracking.rebuild(recorded)
     assert client(uri).get_run(stranger.info.run_id)
     client(uri).set_tag(stranger.info.run_id, "retort.key", "1")
     client(uri).set_tag(stranger.info.run_id, "folder", "/elsewhere/results/duel")
     with pytest.raises(ValueError, match=r"such as those of /elsewhere/results/duel"):
         tracking.rebuild(recorded)
+
+
+def test_a_run_that_somebody_put_under_a_comparison_is_left_alone(recorded):
+    student(recorded / "guest", "a", 0)
+    tracking.sync(recorded, "guest")
+    there = client(uri_of(recorded))
+    parent = runs(uri_of(recorded), "guest")[""].info
+    tags = {"mlflow.parentRunId": parent.run_id}
+    guest = there.create_run(parent.experiment_id, tags=tags).info.run_id
+    assert tracking.sync(recorded, "guest") == ["guest"]
+    assert (
+        there.get_run(guest).data.tags.keys() >= tags.keys()
+        and len(_all(uri_of(recorded), "guest")) == 3
+    )
+
+
+def test_rebuild_keeps_what_only_the_database_still_holds(tmp_path):
+    results = tmp_path / "results"
+    student(results / "duel", "a", 0)
+    with contextlib.closing(sqlite3.connect(results / "mlflow.db")) as opened:
+        opened.execute("create table runs (run_uuid)")
+        opened.execute("create table tags (run_uuid, key, value)")
+        opened.executemany("insert into runs values (?)", [("1",), ("2",)])
+        for run, name in (("1", "duel"), ("2", "gone")):
+            rows = [(run, "retort.key", name), (run, "folder", str(results / name))]
+            opened.executemany("insert into tags values (?, ?, ?)", rows)
+        opened.commit()
+    with pytest.raises(ValueError, match=r"no longer, of .*such as those of .*/gone\)"):
+        tracking.rebuild(results)
+
+
+def test_a_database_that_is_busy_is_not_taken_for_empty(tmp_path):
+    """Otherwise --rebuild would write over the runs of others as soon as it is free."""
+    results = tmp_path / "results"
+    student(results / "duel", "a", 0)
+    file = results / "mlflow.db"
+    assert tracking._asked(file, "select 1") == []  # there is none
+    with contextlib.closing(sqlite3.connect(file)) as opened:
+        opened.execute("create table t (x)")
+        assert tracking._runs(file) == {}  # it holds none
+        opened.execute("begin exclusive")
+        with pytest.raises(ValueError, match=r"mlflow.db cannot be read: .*locked; try again"):
+            tracking.rebuild(results)
 
 
 def test_a_damaged_database_is_replaced(tmp_path):

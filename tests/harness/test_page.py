@@ -94,6 +94,46 @@ def made(folder: Path, rows: list[dict] | None = None) -> Path:
     return folder
 
 
+def test_cells_of_before_a_second_data_seed_are_not_counted_again(tmp_path):
+    """Their files lie beside the new ones, which have names of their own."""
+    rows = [row for row in records() if row["benchmark"] == "set"]
+    second = [row | {"data_seed": 1} for row in rows if row["method"] != "base"]
+    folder = made(tmp_path / "small", rows + second)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["config"] = {"data_seeds": [0, 1]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for path in (folder / "samples").glob("*.parquet"):
+        table = pq.read_table(path)
+        if "--base--" in path.name:
+            continue
+        for data_seed in (0, 1, 2):  # 2: of a suite that had another second one
+            mine = table.filter(pa.compute.equal(table["data_seed"], min(data_seed, 1)))
+            column = pa.array([data_seed] * len(mine), pa.int64())
+            mine = mine.set_column(mine.column_names.index("data_seed"), "data_seed", column)
+            pq.write_table(mine, path.with_name(f"{path.stem}-data{data_seed}.parquet"))
+            run = {"label": mine["method"][0].as_py(), "seed": mine["seed"][0].as_py()}
+            run |= {"data_seed": data_seed}
+            names = [f"{run['seed']}-data{data_seed}"] + [str(run["seed"])] * (data_seed == 0)
+            for name in names:
+                at = folder / "runs" / run["label"] / name / "run.json"
+                at.parent.mkdir(parents=True)
+                at.write_text(json.dumps(run))
+    comparison = reading.load(folder)
+    solved = comparison.samples.solved("set", comparison.labels)
+    drawn = dict(zip(solved.arms, solved.drawn.sum(1).tolist(), strict=True))
+    told = {
+        arm["method"]: arm["seeds"] * arm["n_problems"] * arm["n_samples"]
+        for arm in summary["arms"]
+    }
+    assert drawn == told == {"base": 10, "sft": 40, "heal": 40}
+    assert [(run["label"], run["seed"], run["data_seed"]) for run in comparison.runs] == [
+        (label, seed, data_seed)
+        for label in ("heal", "sft")
+        for seed in (0, 1)
+        for data_seed in (0, 1)
+    ]
+
+
 class Scripts(HTMLParser):
     """Scripts by id, and every tag and attribute."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -64,6 +66,28 @@ def test_what_cannot_be_written_stops_nothing(tmp_path):
         points.log(step=1, loss=1.0)
         points.sample("train")
     assert read(tmp_path / "nowhere").steps == []
+
+
+def test_a_disk_that_was_full_at_the_first_line_costs_no_later_one(tmp_path, monkeypatch):
+    path, write = tmp_path / "points.jsonl", os.write
+
+    def full(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    about = {"key": "k"}
+    with Points(path, about) as points:
+        monkeypatch.setattr(os, "write", full)
+        points.log(step=1, loss=3.0)
+        monkeypatch.setattr(os, "write", write)
+        points.log(step=2, loss=2.0)
+        monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:9]))  # nearly full
+        points.log(step=3, loss=1.5)
+        monkeypatch.setattr(os, "write", write)
+        points.log(step=4, loss=1.0)
+    with Points(path, about) as points:
+        points.log(step=5, loss=0.5)
+    found = read(path)
+    assert found.about == about and [row["step"] for row in found.steps] == [2, 4, 5]
 
 
 @pytest.mark.parametrize("used", [0, 1])

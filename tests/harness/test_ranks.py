@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from harness import cell
+from harness.config import Experiment
+from harness.store import Fields, Store
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -32,6 +36,35 @@ def trace(processes: int) -> list[float]:
     world, *losses = json.loads(done.stdout.strip().splitlines()[-1])
     assert world == processes
     return losses
+
+
+def test_a_rank_that_only_trains_does_not_wait_for_the_cell_of_rank_0(
+    tmp_path, monkeypatch
+) -> None:
+    """It would for ever: rank 0 holds the claim, and waits for it to train."""
+
+    def claim(store: Store, kind: str, group: Fields, name: str, wait: bool = True) -> None:
+        raise AssertionError(f"{kind} {name} is claimed")
+
+    setting = Experiment.model_validate(
+        {
+            "name": "ranks",
+            "student": "micro/student",
+            "teacher": "micro/teacher",
+            "problems": {"micro_math": {"n": 4}},
+            "benchmarks": {"micro_math": {"limit": 4}},
+            "budget": {"steps": 1},
+            "methods": {"sft": {}},
+            "threads": 1,
+        }
+    )
+    base = cell.jobs(setting, [], tmp_path / "ranks", tmp_path / "store")[0]
+    monkeypatch.setattr(Store, "claim", claim)
+    with pytest.raises(AssertionError, match="cells base-0 is claimed"):
+        cell.run(base, lambda *_: None)
+    monkeypatch.setenv("RANK", "1")
+    cell.run(base, lambda *_: None)
+    assert not (tmp_path / "ranks").exists()  # rank 0 writes
 
 
 def test_two_processes_have_the_loss_trace_of_one() -> None:
