@@ -72,7 +72,7 @@ def watching(folder: Path, on: bool = True, every: float = EVERY) -> Iterator[No
     }
     try:
         process = subprocess.Popen([sys.executable, "-c", code], **quiet)
-    except OSError as error:  # no memory or process left for it: what it would show is shown at the end
+    except OSError as error:  # no memory left for it: it is all shown at the end
         print(f"retort: MLflow is not kept up meanwhile: {error.strerror}", file=sys.stderr)
         yield
         return

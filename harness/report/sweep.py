@@ -130,6 +130,8 @@ def sentence(study: Study) -> str:
 
 def _confirmed(study: Study) -> str:
     rows = [row for row in confirmation(study) if row["pair"]]
+    if not rows and study.confirmed and study.best and study.best.get("default"):
+        return "nothing to confirm"
     if not rows:
         return "not confirmed on fresh seeds"
     said = []

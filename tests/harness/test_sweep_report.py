@@ -245,6 +245,8 @@ def test_sentence_has_the_numbers():
 
 def test_sentence_where_there_is_less_to_say():
     one = sweep.Study(study("sft", [trial(0, {"alpha": 1.0, "beta": 1.0}, 0.503)]))
+    same = {**paired(), "labels": {"default": "sft", "tuned": "sft"}, "pairs": []}
+    assert sweep.sentence(sweep.Study(one.row | {"confirm": same})).endswith("; nothing to confirm")
     assert sweep.sentence(one) == (
         "Tuning sft over 1 trial: no setting did better on dev than the suite's own, 50.3 %; not confirmed on fresh seeds"
     )
