@@ -480,6 +480,45 @@ def test_other_problems_under_the_same_name_are_another_study(
 
 
 @dataclass(frozen=True)
+class Rising:
+    """Each trial is better than the one before."""
+
+    experiment: Any
+    label: str
+    folder: Path
+    store: Path
+
+    def __call__(self, params: dict[str, Any], trial: Any, report: Any) -> float:
+        trial.set_user_attr("arm", params)
+        return 0.1 + 0.1 * trial.number
+
+
+def test_a_confirmation_is_of_the_best_that_it_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep that goes on and is cut before it confirms does not show the old confirmation beside a new best."""
+    monkeypatch.setattr(sweeps, "Trial", Rising)
+    monkeypatch.setattr(
+        sweeps.pages, "write", lambda home: []
+    )  # the page of a whole one is elsewhere
+    path, file = suite(tmp_path), tmp_path / "results/small/sweep.json"
+
+    def kept() -> Any:
+        return json.loads(file.read_text())["studies"][0]["confirm"]
+
+    def cut(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeps, "confirm", lambda *_, **__: {"of": "the first"})
+    tune(path, trials=2)
+    monkeypatch.setattr(sweeps, "confirm", cut)
+    for trials, found in ((2, {"of": "the first"}), (3, None)):
+        with pytest.raises(KeyboardInterrupt):
+            tune(path, trials=trials)
+        assert kept() == found
+
+
+@dataclass(frozen=True)
 class Fixed:
     experiment: Any
     label: str
