@@ -15,15 +15,16 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
-from harness import points, problems
+from harness import problems
 from harness.config import Training
+from harness.folder import LOG, Answers, Cell, Row, Student, cell_of, read, written_at
 from harness.store import short_digest
 
 ARTIFACTS = ("report.html", "report.md", "table.tex", "cells.csv", "pairs.csv", "summary.json")
@@ -33,17 +34,9 @@ STATES = (*STATUS, "failed")  # a state that is in neither is a failure too
 CURVE = ("loss", "lr", "tokens", "grad_norm")
 BATCH = 1000  # metrics that MLflow takes at once
 NOTE = 7000  # characters of a description; a tag holds 8000
-ROWS = 2000  # problems of a table, those first on which the methods differ most
-SHOWN = 100  # samples of a student's table; all of them are in its Parquet file
-TEXT = 2000  # characters of a sample
-SILENT = 600  # seconds; a run that wrote nothing for so long has been ended
 VIEW = "retort"  # the view of an experiment's runs that has the columns which matter
 
 MARKS = "mlflow.retort"  # a tag that pages do not show
-LOG = "points.jsonl"  # beside run.json, see harness.points
-
-Row = Mapping[str, Any]
-Cell = tuple[str, int, int]  # label, seed, data seed
 
 
 @dataclass(frozen=True)
@@ -280,14 +273,14 @@ class Comparison(_Mirror):
 
     def __init__(self, uri: str, folder: Path) -> None:
         summary = folder / "summary.json"
-        self.summary: dict[str, Any] = _read(summary) if summary.is_file() else {}
-        self.written = _written(summary) if summary.is_file() else int(1000 * time.time())
+        self.summary: dict[str, Any] = read(summary) if summary.is_file() else {}
+        self.written = written_at(summary) if summary.is_file() else int(1000 * time.time())
         self.config: Row = self.summary.get("config", {})
         self.cells: Sequence[Row] = self.summary.get("cells", ())
         protocol = self.summary.get("protocol", "")
         self.protocol: Row = protocol if isinstance(protocol, dict) else {"hash": protocol}
         super().__init__(uri, folder, self.summary.get("name", folder.name))
-        self.answers = _Answers(folder)
+        self.answers = Answers(folder)
         self.students = self._students()
 
     def write(self, models: bool = False) -> str:
@@ -325,18 +318,18 @@ class Comparison(_Mirror):
             parent.close("KILLED" if ended else "RUNNING")
         return parent.id
 
-    def _students(self) -> dict[str, _Student]:
+    def _students(self) -> dict[str, Student]:
         """By key LABEL/SEED, in the suite's order: what lies under runs/, and what the summary alone knows."""
         runs = self.folder / "runs"
         folders = {path.parent for name in ("run.json", LOG) for path in runs.rglob(name)}
-        found = {path.relative_to(runs).as_posix(): _Student.of(path) for path in folders}
+        found = {path.relative_to(runs).as_posix(): Student.of(path) for path in folders}
         there = {student.cell for student in found.values()}
         data_seeds = {cell.get("data_seed", 0) for cell in self.cells if cell["method"] != "base"}
         for cell in self.cells:
-            label, seed, data_seed = at = _cell(cell)
+            label, seed, data_seed = at = cell_of(cell)
             if at not in there:
                 tail = f"-data{data_seed}" if len(data_seeds) > 1 and label != "base" else ""
-                found[f"{label}/{seed}{tail}"] = _Student.told(cell, self.config, self.written)
+                found[f"{label}/{seed}{tail}"] = Student.told(cell, self.config, self.written)
         order = self._labels()
         place = {label: index for index, label in enumerate(order)}
         return {
@@ -351,7 +344,7 @@ class Comparison(_Mirror):
             )
         )
 
-    def _tags(self, student: _Student | None = None) -> dict[str, str]:
+    def _tags(self, student: Student | None = None) -> dict[str, str]:
         """What is said of the comparison; where it has no summary yet, by what a student says of itself."""
         heads = [each.logged.about for each in ([student] if student else self.students.values())]
         about = {**next(filter(None, heads), {}), **self.config}
@@ -393,9 +386,9 @@ class Comparison(_Mirror):
             found.append(Dataset(name, content, "evaluation", source, len(asked)))
         return found
 
-    def _student(self, parent: str, key: str, student: _Student, found: Any, models: bool) -> None:
+    def _student(self, parent: str, key: str, student: Student, found: Any, models: bool) -> None:
         about, cell = student.about, student.cell
-        judged = [each for each in self.cells if _cell(each) == cell]
+        judged = [each for each in self.cells if cell_of(each) == cell]
         answered = [
             name for name in self.answers.benchmarks() if cell in self.answers.benchmark(name)
         ]
@@ -462,7 +455,7 @@ class Comparison(_Mirror):
             fields["training"] = {k: v for k, v in training.items() if default.get(k) != v}
         return _params(fields)
 
-    def _system(self, run: _Run, student: _Student) -> None:
+    def _system(self, run: _Run, student: Student) -> None:
         """What the run's process used, under MLflow's prefix: its own sampler works only inside the process, on a live run."""
         logged = run.marks.get("samples", 0)
         rows = [
@@ -473,7 +466,7 @@ class Comparison(_Mirror):
         run.log(rows)
         run.marks["samples"] = len(student.logged.samples)
 
-    def _model(self, run: _Run, key: str, student: _Student, scores: Mapping[str, float]) -> None:
+    def _model(self, run: _Run, key: str, student: Student, scores: Mapping[str, float]) -> None:
         """The student's Transformers folder as an artifact, and a version of the registered model NAME-LABEL."""
         from mlflow.exceptions import MlflowException
 
@@ -496,208 +489,12 @@ class Comparison(_Mirror):
             run.once("student", student.about.get("student"), write)
 
 
-@dataclass(frozen=True)
-class _Student:
-    """A run folder: what run.json says, or a run in progress of itself, and what it logged on the way."""
-
-    about: Row
-    written: int  # milliseconds
-    logged: points.Logged = field(default_factory=points.Logged)
-    file: Path | None = None  # run.json, once it is trained
-
-    @classmethod
-    def of(cls, folder: Path) -> _Student:
-        file, log = folder / "run.json", folder / LOG
-        logged = points.read(log)
-        about = dict(logged.about)
-        if file.is_file():
-            about |= _read(file)
-        else:  # its first line may be half written
-            seed = re.match(r"\d+", folder.name)
-            about = {
-                "method": folder.parent.name,
-                "label": folder.parent.name,
-                "seed": int(seed[0]) if seed else 0,
-                **about,
-            }
-        written = max(_written(path) for path in (file, log) if path.is_file())
-        return cls(about, written, logged, file if file.is_file() else None)
-
-    @classmethod
-    def told(cls, cell: Row, config: Row, written: int) -> _Student:
-        """One of which only a summary's cell tells."""
-        label = cell["method"]
-        fields = dict(config.get("methods", {}).get(label, {}))
-        about = {"method": fields.pop("method", label), "label": label, "seed": cell["seed"]}
-        about |= {"data_seed": cell.get("data_seed", 0), "config": fields}
-        return cls({**about, "ledger": None if label == "base" else cell.get("ledger")}, written)
-
-    @property
-    def cell(self) -> Cell:
-        return self.about["label"], self.about["seed"], self.about.get("data_seed", 0)
-
-    @property
-    def curve(self) -> list[Row]:
-        if self.file:
-            return self.about.get("curve", [])
-        return [{k: v for k, v in row.items() if k != "time"} for row in self.logged.steps]
-
-    @property
-    def times(self) -> dict[int, int]:
-        return {row["step"]: row["time"] for row in self.logged.steps}
-
-    @property
-    def silent(self) -> bool:
-        return time.time() - self.written / 1000 > SILENT
-
-    @property
-    def seconds(self) -> float:
-        return float((self.about.get("ledger") or {}).get("spent", {}).get("seconds", 0.0))
-
-    @property
-    def start(self) -> int:
-        return (
-            self.logged.times[0] if self.logged.times else self.written - int(1000 * self.seconds)
-        )
-
-    @property
-    def ended(self) -> int:
-        return self.logged.times[1] if self.logged.times else self.written
-
-    @property
-    def stages(self) -> str:
-        done = [stage["name"] for stage in self.about.get("stages", ())]
-        return ", ".join(dict.fromkeys(done or [row["stage"] for row in self.curve[-1:]]))
-
-    @property
-    def phase(self) -> str:
-        last = self.logged.samples[-1]["phase"] if self.logged.samples else ""
-        return str("trained" if self.file and last == "end" else last)
-
-    def used(self) -> dict[str, float]:
-        """Of all samples: CPU time, and the most memory that one saw."""
-        used = [row["used"] for row in self.logged.samples]
-        if not used:
-            return {}
-        found = {"cpu_seconds": sum(each["cpu_seconds"] for each in used)}
-        for name in ("memory_mb", "gpu_memory_mb"):
-            if any(name in each for each in used):
-                found[f"peak_{name}"] = max(each.get(name, 0.0) for each in used)
-        return found
-
-
-class _Answers:
-    """The samples of a comparison, added up by problem."""
-
-    def __init__(self, folder: Path) -> None:
-        self.paths = {
-            path: path.stat().st_mtime_ns for path in sorted((folder / "samples").glob("*.parquet"))
-        }
-        self.found: dict[str, dict[Cell, dict[str, _Answer]]] = {}
-        self.of: dict[Cell, list[Path]] = {}
-        for path, when in self.paths.items():
-            for (benchmark, cell), rows in _counted(path, when).items():
-                self.found.setdefault(benchmark, {})[cell] = rows
-                self.of.setdefault(cell, []).append(path)
-
-    def benchmarks(self) -> list[str]:
-        return list(self.found)
-
-    def benchmark(self, name: str) -> dict[Cell, dict[str, _Answer]]:
-        return self.found.get(name, {})
-
-    def files(self, cell: Cell) -> list[Path]:
-        return list(dict.fromkeys(self.of.get(cell, ())))
-
-    def mark(self, cell: Cell | None = None) -> list[Any]:
-        """What changes when the samples do."""
-        chosen = self.paths if cell is None else self.files(cell)
-        return [[path.name, self.paths[path]] for path in chosen]
-
-    def accuracy(self, name: str, cell: Cell) -> float:
-        shares = [answer.share for answer in self.found[name][cell].values()]
-        return sum(shares) / len(shares)
-
-    def by_problem(self, name: str, labels: Sequence[str]) -> list[Row]:
-        """Each method's share of correct samples, over its seeds; what tells methods apart comes first."""
-        mine = self.benchmark(name)
-        rows: list[Row] = []
-        for problem in dict.fromkeys(problem for each in mine.values() for problem in each):
-            shares = {}
-            for label in labels:
-                seen = [
-                    each[problem]
-                    for cell, each in mine.items()
-                    if cell[0] == label and problem in each
-                ]
-                if seen:
-                    shares[label] = round(sum(answer.share for answer in seen) / len(seen), 4)
-                    level = seen[0].level
-            if shares:
-                rows.append({"problem": problem, "level": level, **shares})
-
-        def spread(row: Row) -> float:
-            values = [row[label] for label in labels if label in row]
-            return min(values) - max(values)
-
-        return sorted(rows, key=spread)[:ROWS]
-
-    def shown(self, name: str, cell: Cell) -> list[Row]:
-        """The first sample of some problems, to read."""
-        import pyarrow.compute as pc
-        import pyarrow.parquet as pq
-
-        columns = ("problem", "level", "correct", "status", "extracted", "gold", "text")
-        for path in self.files(cell):
-            table = pq.ParquetFile(path).read()
-            wanted = {
-                "benchmark": name,
-                "method": cell[0],
-                "seed": cell[1],
-                "data_seed": cell[2],
-                "sample": 0,
-            }
-            for column, value in wanted.items():
-                if column in table.column_names:
-                    table = table.filter(pc.equal(table[column], value))
-            if len(table):
-                there = [column for column in columns if column in table.column_names]
-                rows = table.select(there).slice(0, SHOWN).to_pylist()
-                return [{**row, "text": _middle_cut(row["text"])} for row in rows]
-        return []
-
-
-@dataclass(frozen=True)
-class _Answer:
-    share: float  # of the samples that are correct
-    level: int | None
-
-
-@lru_cache(maxsize=8192)
-def _counted(path: Path, when: int) -> dict[tuple[str, Cell], dict[str, _Answer]]:
-    """By benchmark and cell, and in them by problem; a file that has not changed is read once."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)
-    keys = ["benchmark", "method", "seed", "data_seed", "problem", "level"]
-    keys = [key for key in keys if key in file.schema_arrow.names]
-    table = file.read(columns=[*keys, "correct"])
-    table = table.set_column(len(keys), "correct", table["correct"].cast(pa.int8()))
-    rows = table.group_by(keys, use_threads=False).aggregate([("correct", "mean")]).to_pylist()
-    found: dict[tuple[str, Cell], dict[str, _Answer]] = {}
-    for row in rows:
-        mine = found.setdefault((row["benchmark"], _cell(row)), {})
-        mine[row["problem"]] = _Answer(row["correct_mean"], row.get("level"))
-    return found
-
-
 def _problem_files(folder: Path, name: str, context: str) -> list[Dataset]:
     """The data sets in a file of problems."""
     path, record = folder / name, folder / "contamination.json"
     if not path.is_file():
         return []
-    given = _read(record)["of"]["problems"] if record.is_file() else {}
+    given = read(record)["of"]["problems"] if record.is_file() else {}
     return [
         Dataset(
             f"{source} {context}",
@@ -737,8 +534,8 @@ class Sweep(_Mirror):
     """The studies of a sweep and their trials."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        self.data = _read(folder / "sweep.json")
-        self.written = _written(folder / "sweep.json")
+        self.data = read(folder / "sweep.json")
+        self.written = written_at(folder / "sweep.json")
         super().__init__(uri, folder, self.data["name"])
 
     def write(self) -> list[str]:
@@ -876,16 +673,6 @@ def database(uri: str) -> Path | None:
     return Path(uri.removeprefix(prefix)) if uri.startswith(prefix) else None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
-
-
-def _written(path: Path) -> int:
-    """When, in milliseconds."""
-    return int(path.stat().st_mtime * 1000)
-
-
 def _milliseconds(when: str) -> int:
     """A local time in ISO 8601, since 1970."""
     return int(datetime.fromisoformat(when).timestamp() * 1000)
@@ -942,10 +729,6 @@ def forget(uri: str, folder: Path) -> None:
                 there.client.delete_run(run.info.run_id)
 
 
-def _cell(row: Row) -> Cell:
-    return row["method"], row["seed"], row.get("data_seed", 0)
-
-
 def _used(used: Row) -> dict[str, float]:
     """A sample as MLflow's System metrics tab shows it; 100 % is one core."""
     names = {"memory_mb": "process_memory_megabytes", "gpu_memory_mb": "gpu_memory_megabytes"}
@@ -953,8 +736,3 @@ def _used(used: Row) -> dict[str, float]:
     if used["seconds"]:
         found["process_cpu_percentage"] = 100 * used["cpu_seconds"] / used["seconds"]
     return found
-
-
-def _middle_cut(text: str) -> str:
-    """A long sample without its middle: the answer is at its end."""
-    return text if len(text) <= TEXT else f"{text[: TEXT // 4]} [...] {text[-TEXT * 3 // 4 :]}"

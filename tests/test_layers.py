@@ -25,6 +25,7 @@ RANK = {
     "models": 4,
     "study": 4,
     "points": 1,
+    "folder": 2,
     "progress": 1,
     "standing": 2,
     "statistics": 3,
