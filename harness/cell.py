@@ -22,6 +22,7 @@ from harness.ledger import Ledger
 from harness.models.hf import HFModel
 from harness.models.reward import RewardHF
 from harness.points import Points
+from harness.points import read as read_points
 from harness.registry import Method
 from harness.store import Store, digest, short_digest, writing
 from harness.trainer import Trainer
@@ -84,6 +85,11 @@ def _run(job: Job, experiment: Experiment, store: Store, report: Report) -> None
     pending = [name for name in experiment.benchmarks if not evaluated(job, experiment, name)]
     trained = job.label == "base" or recorded(job, experiment)
     if not pending and trained:
+        samples = read_points(job.points_file).samples
+        if samples and samples[-1]["phase"] != "end" and os.environ.get("RANK", "0") == "0":
+            # It was killed between its last file and the end of its log, which leaving the block writes.
+            with Points(job.points_file, about(job, experiment)) as log:
+                log.sample("evaluated")
         return
     keep_capsule(job, experiment)
     spec = experiment.student if job.label == "base" or not trained else str(job.model_folder)

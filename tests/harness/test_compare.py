@@ -59,6 +59,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, compare(path, results=folder / "results", quiet=True, track=False)
 
 
+def test_a_log_without_its_end_gets_one(whole: tuple[Path, dict[str, Any]]) -> None:
+    """A cell that was killed when all its files were there has nothing left to do but this."""
+    folder, _ = whole
+    log = folder / "results/small/runs/sft/0/points.jsonl"
+    *lines, last = log.read_bytes().splitlines(keepends=True)
+    assert b'"end"' in last
+    log.write_bytes(b"".join(lines))
+    compare(folder / "small.yaml", results=folder / "results", quiet=True, track=False)
+    logged(folder / "results/small")
+
+
 def test_the_summary_has_the_documented_form(whole: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = whole
     assert json.loads((folder / "results/small/summary.json").read_text()) == summary
