@@ -35,6 +35,7 @@ from harness.store import lock, release
 
 if TYPE_CHECKING:
     import optuna
+    import sqlalchemy
     from optuna.trial import FrozenTrial
 
 Report = Callable[[str, int, int], None]  # phase, done, total
@@ -203,14 +204,15 @@ def _open_database(
     patience = {"sqlite": {"timeout": 60}}.get(dialect, {"connect_timeout": 10})
     for last in (False, False, False, True):
         try:
-            return create(
-                RDBStorage(
-                    plan.storage,
-                    engine_kwargs={"pool_pre_ping": True, "connect_args": patience},
-                    heartbeat_interval=plan.heartbeat,
-                    grace_period=2 * plan.heartbeat,
-                )
+            storage = RDBStorage(
+                plan.storage,
+                engine_kwargs={"pool_pre_ping": True, "connect_args": patience},
+                heartbeat_interval=plan.heartbeat,
+                grace_period=2 * plan.heartbeat,
             )
+            if dialect == "sqlite":
+                _one_at_a_time(storage.engine)
+            return create(storage)
         except NoSuchModuleError:
             refuse(f"SQLAlchemy knows no dialect {url.drivername!r}")
         except ImportError as error:
@@ -225,6 +227,26 @@ def _open_database(
         except (SQLAlchemyError, RuntimeError) as error:
             refuse(getattr(error, "orig", None) or error)
     raise AssertionError("unreachable")
+
+
+def _one_at_a_time(engine: sqlalchemy.Engine) -> None:
+    """Lock the file from the first read of a transaction on.
+
+    Optuna reads a trial FOR UPDATE before it takes it. SQLite has no such clause, so two workers that read WAITING at once would
+    both take the trial.
+    """
+    from sqlalchemy import event
+
+    def own(connection: Any, record: object) -> None:
+        # or the driver begins by itself, later and without the lock
+        connection.isolation_level = None
+
+    def begin(connection: sqlalchemy.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    event.listen(engine, "connect", own)
+    event.listen(engine, "begin", begin)
+    engine.dispose()  # connections of before
 
 
 def _created_meanwhile(error: BaseException | None) -> bool:

@@ -138,7 +138,7 @@ def work_and_kill(
         for turn in range(kills):
             time.sleep(rng.uniform(0.05, 0.4))
             alive = sorted(p.pid for p in multiprocessing.active_children() if p.pid)
-            pid = objective.spent()[-1][3] if turn == 0 else rng.choice(alive)
+            pid = amid(objective, over) if turn == 0 else rng.choice(alive)
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
 
@@ -153,6 +153,18 @@ def work_and_kill(
         killer.join()
     assert len(set(killed)) == kills
     return study, objective, said.getvalue()
+
+
+def amid(objective: Steps, over: threading.Event) -> int:
+    """A worker that is halted in the middle of a trial, with a checkpoint behind it and units before it."""
+    while not over.wait(0.01):
+        pid = objective.spent()[-1][3]
+        os.kill(pid, signal.SIGSTOP)  # or it might end the trial between this look and the kill
+        last = [row for row in objective.spent() if row[3] == pid][-1]
+        if 1 <= last[1] < 5:  # every trial has 6 units or more
+            return pid
+        os.kill(pid, signal.SIGCONT)
+    raise AssertionError("the trials ended before a worker was killed")
 
 
 def account(plan: Plan, study: optuna.Study, objective: Steps, kills: int) -> None:
@@ -209,9 +221,31 @@ def test_eight_workers_three_killed_forty_trials(tmp_path: Path) -> None:
 
 
 def test_sqlite_with_a_heartbeat(tmp_path: Path) -> None:
-    plan = journal(tmp_path, 10, storage=f"sqlite:///{tmp_path}/study.db", heartbeat=1)
+    # SQLite's clock has whole seconds: with a heartbeat of 1, a second of silence could count as two.
+    plan = journal(tmp_path, 10, storage=f"sqlite:///{tmp_path}/study.db", heartbeat=2)
     study, objective, _ = work_and_kill(plan, tmp_path / "work", workers=3, kills=1, seed=6)
     account(plan, study, objective, kills=1)
+
+
+def test_sqlite_gives_a_waiting_trial_to_one_worker(tmp_path: Path) -> None:
+    plan = journal(tmp_path, 60, storage=f"sqlite:///{tmp_path}/study.db")
+    study = open_study(plan)
+    for at in range(60):
+        study.enqueue_trial({"x": at / 60})
+    workers, taken = FORK.Barrier(4), FORK.SimpleQueue()
+
+    def ask() -> None:
+        mine = open_study(plan)
+        workers.wait()
+        taken.put([mine.ask().number for _ in range(15)])
+
+    processes = [FORK.Process(target=ask) for _ in range(4)]
+    for process in processes:
+        process.start()
+    numbers = [number for _ in processes for number in taken.get()]
+    for process in processes:
+        process.join()
+    assert sorted(numbers) == list(range(60))
 
 
 @pytest.fixture(scope="module")
