@@ -104,14 +104,16 @@ def silent(cell: str, phase: str, done: int, total: int) -> None:
     """Shows nothing."""
 
 
-def throttled(send: Callable[[Event], object], cell: str) -> Callable[[str, int, int], None]:
-    """A reporter for one cell that sends at most some ten events a second, and every last one."""
+def throttled(
+    send: Callable[[Event], object], cell: str, pause: float = 0.1
+) -> Callable[[str, int, int], None]:
+    """A reporter for one cell that sends at most one event in so many seconds, and every last one."""
     last = 0.0
 
     def report(phase: str, done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if done >= total or now - last > 0.1:
+        if done >= total or now - last > pause:
             last = now
             send((cell, phase, done, total))
 

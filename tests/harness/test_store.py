@@ -645,3 +645,36 @@ def test_importing_the_store_and_the_ledger_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_gives_every_claim(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work may be done twice there; a disk that fails in another way is an error still."""
+
+    def refuse(*given: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with Store(tmp_path).claim("cells", {}, "a", wait=False) as claimed:
+        assert claimed
+    code = errno.EIO
+    with (
+        pytest.raises(ValueError, match="cannot be used here"),
+        Store(tmp_path).claim("c", {}, "a"),
+    ):
+        pytest.fail("it was claimed")
+
+
+def test_a_lock_that_another_machine_deleted_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, stale = os.fstat, [OSError(errno.ESTALE, "Stale file handle")]
+    monkeypatch.setattr("os.fstat", lambda fd: real(fd) if not stale else _raise(stale.pop()))
+    with Store(tmp_path).claim("cells", {}, "a") as claimed:
+        assert claimed and not stale
+
+
+def _raise(error: Exception) -> None:
+    raise error
