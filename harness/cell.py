@@ -6,8 +6,10 @@ import gc
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,29 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import ValidationError
 
-from harness import capsule, evaluation, models, problems, registry
-from harness.config import Budget, Experiment, Training, explain
+from harness import capsule, evaluation, models, problems, ranks, registry, sizes
+from harness.config import (
+    Budget,
+    Checkpoint,
+    Experiment,
+    ModelSpec,
+    Training,
+    explain,
+    model_spec,
+)
 from harness.lab import Workbench
 from harness.ledger import Ledger
-from harness.models.hf import HFModel
+from harness.models.hf import HFModel, replace_folder
 from harness.models.reward import RewardHF
 from harness.points import Points
 from harness.points import read as read_points
 from harness.registry import Method
-from harness.store import Store, digest, short_digest, writing
+from harness.store import Store, digest, draft, short_digest, writing
 from harness.trainer import Trainer
 from harness.types import LanguageModel, Problem
 
 Report = Callable[[str, int, int], None]  # phase, done, total
+RECORD = "retort.json"  # what run.json says of a student, beside its weights
 
 
 @dataclass(frozen=True)
@@ -68,42 +79,49 @@ class Job:
         return self.folder / "samples" / f"{benchmark}--{self.name.replace('/', '--')}.parquet"
 
 
-def run(job: Job, report: Report) -> None:
-    """Do what is left of a cell."""
+def run(job: Job, report: Report, threads: int | None = None) -> None:
+    """Do what is left of a cell, on so many threads if it is said."""
     experiment = Experiment.model_validate(job.experiment)
-    torch.set_num_threads(experiment.threads or max(1, (os.cpu_count() or 1) // experiment.workers))
+    torch.set_num_threads(threads or threads_of(experiment))
     store = Store(job.store)
-    if os.environ.get("RANK", "0") != "0":  # trains beside rank 0, which holds the claim
+    with ExitStack() as held:
+        if ranks.first():
+            # Two comparisons of one name: the second waits for a cell, and then finds it done.
+            folder = {"folder": str(job.folder.resolve())}
+            held.enter_context(store.claim("cells", folder, job.name.replace("/", "-")))
         _run(job, experiment, store, report)
-        return
-    # Two comparisons of one name: the second waits for a cell, and then finds it done.
-    with store.claim("cells", {"folder": str(job.folder.resolve())}, job.name.replace("/", "-")):
-        _run(job, experiment, store, report)
+
+
+def threads_of(experiment: Experiment) -> int:
+    """The threads of one cell: the suite's, or its share of this machine."""
+    beside = experiment.workers if ranks.world() == 1 else ranks.on_this_machine()
+    return experiment.threads or max(1, (os.cpu_count() or 1) // beside)
 
 
 def _run(job: Job, experiment: Experiment, store: Store, report: Report) -> None:
-    pending = [name for name in experiment.benchmarks if not evaluated(job, experiment, name)]
-    trained = job.label == "base" or recorded(job, experiment)
+    # Before the first rank holds the cell it says nothing, and the others begin nothing.
+    pending, trained = ranks.agree(lambda: left(job, experiment))
     if not pending and trained:
-        samples = read_points(job.points_file).samples
-        if samples and samples[-1]["phase"] != "end" and os.environ.get("RANK", "0") == "0":
+        samples = read_points(job.points_file).samples if ranks.first() else []
+        if samples and samples[-1]["phase"] != "end":
             # It was killed between its last file and the end of its log, which leaving the block writes.
             with Points(job.points_file, about(job, experiment)) as log:
                 log.sample("evaluated")
         return
-    keep_capsule(job, experiment)
-    spec = experiment.student if job.label == "base" or not trained else str(job.model_folder)
-    student = student_model(spec)
-    if (
-        os.environ.get("RANK", "0") != "0"
-    ):  # under `accelerate launch` every rank trains, one judges
+    if not ranks.first():  # every rank trains, one judges
         if not trained:
-            train(job, experiment, student, store, report)
+            train(job, experiment, student_model(experiment.student, job.seed), store, report)
         return
+    keep_capsule(job, experiment)
+    if job.label == "base":
+        student = student_model(plain(experiment.student))
+    else:
+        saved = job.model_folder if trained else None
+        student = student_model(experiment.student, job.seed, saved)
     with Points(job.points_file, about(job, experiment)) as points:
         report = points.sampling(report)
         if not trained:
-            train(job, experiment, student, store, report, watch=_log(points))
+            student = train(job, experiment, student, store, report, watch=_log(points))
         student.freeze()
         for name in pending:
             evaluate(job, experiment, name, student, store, report)
@@ -152,12 +170,13 @@ def train(
     *,
     ledger: Ledger | None = None,
     watch: Callable[[Trainer], None] | None = None,
-) -> None:
-    """Run the method's stages and keep the student; a run that was cut goes on from its checkpoint.
+) -> HFModel:
+    """Run the method's stages, keep the student and return the one that is kept; a run that was cut goes on from its checkpoint.
 
     A `ledger` that is given is filled, so that it tells what was paid before an error, too; `watch` is the trainer's.
     """
     method, training, budget = recipe(experiment, job.label)
+    stood = _stamp(job.model_folder)
     torch.manual_seed(job.seed)
     ledger = Ledger() if ledger is None else ledger
     ledger.caps = {str(quantity): cap for quantity, cap in budget.caps.items()}
@@ -192,13 +211,16 @@ def train(
         for index, stage in enumerate(method.stages(lab)):
             if stage.teacher is None and needs_teacher(stage.objective):
                 models.check_pair(student, lab.teacher)
+            for model in lab.models.loaded.values():
+                if rest := getattr(model, "rest", None):
+                    rest()  # an engine hands back its memory, for the student to train in
             trainer.run(index, stage, lambda: lab.teacher, lab.notes)
     if not trainer.state.stages:
         raise ValueError(f"{job.label}: the method has no stages, so nothing was trained")
-    if not trainer.accelerator.is_main_process:
-        return
-    with writing(job.model_folder):
-        student.save(job.model_folder)
+    if not ranks.first():
+        return student
+    loaded = {name: model.identity for name, model in sorted(lab.models.loaded.items())}
+    student.merge()
     record = {
         "method": method.name,
         "label": job.label,
@@ -210,15 +232,57 @@ def train(
         "budget": budget.model_dump(mode="json"),
         "start": start,
         "student": student.identity,
-        "models": {name: model.identity for name, model in sorted(lab.models.loaded.items())},
-        "weights": capsule.weights(job.model_folder),
+        "models": loaded,
         "stages": trainer.state.stages,
         "notes": lab.notes,
         "curve": trainer.state.curve,
         "ledger": ledger.summary(),
     }
-    write_json(job.run_file, record)
+    first = keep(job, student, record, stood)
+    write_json(job.run_file, json.loads((job.model_folder / RECORD).read_text(encoding="utf-8")))
     trainer.clear()
+    if first and student.kept is None:
+        return student
+    student.model.to("meta")  # there need not be room for it twice
+    # Merged weights lie elsewhere in memory than those of a folder, which changes the last bits of products.
+    return student_model(experiment.student, saved=job.model_folder)
+
+
+def keep(
+    job: Job, student: HFModel, record: Mapping[str, Any], stood: tuple[int, int] | None
+) -> bool:
+    """Put a student and its record in their place; False if another's has come there since `stood`, which stays.
+
+    Two machines may run one cell where locks do not reach from one to the other. Weights and record come by one rename,
+    so the first has both, and the second goes on with what it finds.
+    """
+    folder = job.model_folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        writing(folder),
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as made,
+    ):
+        new = student.save(Path(made) / folder.name)
+        write_json(new / RECORD, {**record, "weights": capsule.weights(new)})
+        if stood is not None and _stamp(folder) == stood:  # left by a run that was killed
+            replace_folder(new, folder)
+            return True
+        try:
+            os.rename(new, folder)
+        except OSError:  # a folder that is not empty is not replaced
+            if not folder.is_dir():
+                raise
+            return False
+    return True
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Tells a folder from another that takes its place."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def evaluate(
@@ -250,7 +314,8 @@ def evaluate(
 def recipe(experiment: Experiment, label: str) -> tuple[Method, Training, Budget]:
     """The arm's method, training and budget: the suite's, or with `budget: paper` its paper's; then what the arm says itself.
 
-    An arm may set keys of `training` for itself, and by `budget: {steps: N}` take fewer steps than the suite has, never more.
+    An arm may set keys of `training` for itself, and by `budget: {steps: N}` take fewer steps than the suite has, never more;
+    under `budget: paper` an arm whose paper.yaml has no budget states its own.
     """
     given = dict(experiment.methods[label])
     own, less = given.pop("training", {}), given.pop("budget", {})
@@ -258,13 +323,21 @@ def recipe(experiment: Experiment, label: str) -> tuple[Method, Training, Budget
     if not isinstance(budget, Budget):
         name = given.get("method", label)
         paper = registry.paper_recipe(registry.get(name))
-        if "budget" not in paper:
+        if "budget" not in paper and not (paper and less):
             raise ValueError(
                 f"methods.{label}: budget 'paper' needs a paper.yaml with a budget beside {name}"
+                + (
+                    "; this one has none, so give the arm its own, budget: {steps: N}"
+                    if paper
+                    else ""
+                )
             )
         given = {"method": name, **paper.get("fields", {}), **given}
         training = _merged(training, paper.get("training", {}), f"{name}'s paper.yaml: training")
-        budget = Budget.model_validate(paper["budget"])
+        if "budget" in paper:
+            budget = Budget.model_validate(paper["budget"])
+        else:
+            budget, less = _stated(less, f"{experiment.name}: methods.{label}.budget"), {}
     training = _merged(training, own, f"{experiment.name}: methods.{label}.training")
     if less:
         most, steps = budget.steps, less.get("steps")
@@ -292,6 +365,13 @@ def resolved(experiment: Experiment, label: str) -> dict[str, Any]:
     }
 
 
+def _stated(own: Mapping[str, Any], source: str) -> Budget:
+    try:
+        return Budget.model_validate(own)
+    except ValidationError as error:
+        raise ValueError(explain(error, source, Budget)) from None
+
+
 def _merged(training: Training, own: Mapping[str, Any], source: str) -> Training:
     try:
         return Training.model_validate({**training.model_dump(), **own})
@@ -309,14 +389,21 @@ def fingerprint(spec: Any) -> Any:
     if isinstance(spec, Mapping) and "traces" in spec:
         return hashlib.sha256(Path(spec["traces"]).read_bytes()).hexdigest()
     if isinstance(spec, Mapping) and "server" in spec:
-        return [spec["server"], spec["model"]]
+        deciding = model_spec(spec).model_dump(
+            include={"api", "tokens", "tokenizer", "body"}, exclude_defaults=True
+        )
+        return [spec["server"], spec["model"], *([deciding] if deciding else [])]
     name, path = models.find(spec, problems.checkpoints())
+    described = model_spec(spec)
+    # What says nothing is left out, so that a bare name stands for what it always did.
+    told = described.model_dump(mode="json", exclude_defaults=True, exclude={"model", "ask"})
+    options = [told] if isinstance(described, Checkpoint) and told else []
     if name in problems.checkpoints():
-        return [name, problems.micro_version()]
+        return [name, problems.micro_version(), *options]
     if isinstance(spec, Mapping) and "ask" in spec:
         name = f"ask {name}"
     files = sorted(file for file in path.glob("*") if file.is_file())
-    return [name, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
+    return [name, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files], *options]
 
 
 def keep_capsule(job: Job, experiment: Experiment) -> None:
@@ -324,8 +411,6 @@ def keep_capsule(job: Job, experiment: Experiment) -> None:
 
     A student that was trained before there were capsules was so under conditions that nobody knows: {}.
     """
-    if os.environ.get("RANK", "0") != "0":
-        return
     before, now = capsule.read(job.capsule_file), capsule.conditions()
     worked = before["conditions"] if before else [{}] if job.run_file.is_file() else []
     worked += [] if worked[-1:] == [now] else [now]
@@ -354,26 +439,88 @@ def contents(job: Job, experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def student_model(spec: Any) -> HFModel:
-    # fp32 weights: small updates would round away in bf16; Accelerate casts the products where that pays.
-    model = models.load(spec, checkpoints=problems.checkpoints(), dtype="fp32")
+def student_model(spec: Any, seed: int = 0, saved: Path | None = None) -> HFModel:
+    """The student of a suite's line, its adapter drawn from the training seed; or one that was trained and saved, merged.
+
+    What writes for it is started from the line, so that all students of a suite share one engine.
+    """
+    known = problems.checkpoints()
+    described = model_spec(spec, "student") if saved is None else plain(spec, saved)
+    # fp32 weights: small updates would round away in bf16; Accelerate casts the products where that pays. Under an
+    # adapter, which is fp32, they are frozen.
+    dtype = None if getattr(described, "adapter", None) else "fp32"
+    model = models.load(models.trainable(described), checkpoints=known, dtype=dtype, seed=seed)
     if not isinstance(model, HFModel):
         raise ValueError(f"student: {spec!r} cannot be trained; give a Transformers model")
-    return model
+    return models.written(spec, model, known)
+
+
+def plain(spec: Any, folder: Path | None = None) -> ModelSpec:
+    """A student without its adapter, as it is judged; with a folder, as it was saved there: merged, in fp32."""
+    described = model_spec(spec, "student")
+    assert isinstance(described, Checkpoint)
+    update: dict[str, Any] = {} if folder is None else {"model": str(folder)}
+    if described.adapter is not None:
+        update["adapter"] = None
+        if described.engine == "hf":  # the type is that of the weights under the adapter
+            update["dtype"] = None
+    return described.model_copy(update=update)
 
 
 def loaders(experiment: Experiment, student: HFModel) -> dict[str, Callable[[], LanguageModel]]:
     """Every model that a method may ask for, loaded on first use and frozen."""
+    views = shared(experiment) if student.adapter is not None else ()
 
-    def loader(spec: Any) -> Callable[[], LanguageModel]:
+    known = problems.checkpoints()
+
+    def loader(name: str, spec: Any) -> Callable[[], LanguageModel]:
         def load() -> Any:
-            model = models.load(spec, checkpoints=problems.checkpoints(), tokenizer_of=student)
+            if name in views:  # each a model of its own, as the ledger tells base and teacher apart
+                return student.base()
+            if name == "base":
+                model = models.load(models.trainable(spec), checkpoints=known)
+                return models.written(spec, model.freeze(), known)
+            writes = name == "teacher"
+            model = models.load(spec, checkpoints=known, tokenizer_of=student, writes=writes)
             return model.freeze() if isinstance(model, HFModel | RewardHF) else model
 
         return load
 
-    specs = {"base": experiment.student, "teacher": experiment.teacher, **experiment.models}
-    return {name: loader(spec) for name, spec in specs.items()}
+    return {name: loader(name, spec) for name, spec in frozen(experiment).items()}
+
+
+def frozen(experiment: Experiment) -> dict[str, Any]:
+    """The lines of the models that are not trained; the base is the student's without its adapter."""
+    base = model_spec(experiment.student).model_copy(update={"adapter": None})
+    return {"base": base, "teacher": experiment.teacher, **experiment.models}
+
+
+def shared(experiment: Experiment) -> frozenset[str]:
+    """Which of them are the student's own weights with its adapter off."""
+    if getattr(model_spec(experiment.student), "adapter", None) is None:
+        return frozenset()
+    specs = frozen(experiment)
+    return frozenset(name for name in specs if model_spec(specs[name]) == specs["base"])
+
+
+def memory(
+    experiment: Experiment,
+    student: sizes.Shape,
+    others: Mapping[str, sizes.Shape],
+    length: int,
+    cuda: bool,
+) -> sizes.Memory:
+    """What a cell holds; a model that is the student with its adapter off has no weights of its own."""
+    views, training = shared(experiment), experiment.training
+    others = {k: replace(each, itemsize=0.0) if k in views else each for k, each in others.items()}
+    return sizes.memory(
+        student,
+        others,
+        sizes.pass_tokens(training, length),
+        length,
+        cuda,
+        training.gradient_checkpointing,
+    )
 
 
 def training_problems(job: Job) -> list[Problem]:
@@ -386,6 +533,12 @@ def read_problems(path: Path) -> list[Problem]:
 
 
 # -- what is done already -----------------------------------------------------------------------
+
+
+def left(job: Job, experiment: Experiment) -> tuple[list[str], bool]:
+    """The benchmarks that a cell still has to be judged on, and whether its student is trained."""
+    pending = [name for name in experiment.benchmarks if not evaluated(job, experiment, name)]
+    return pending, job.label == "base" or recorded(job, experiment)
 
 
 def key(job: Job, experiment: Experiment) -> str:
@@ -427,7 +580,7 @@ def evaluation_key(job: Job, experiment: Experiment, name: str) -> str:
         del settings["options"]
     options = experiment.benchmarks[name].options
     protocol = evaluation.protocol_of(name, options)
-    return short_digest([student, settings, protocol, evaluation.engine(None)])
+    return short_digest([student, settings, protocol, evaluation.engine(experiment.student)])
 
 
 def evaluated(job: Job, experiment: Experiment, name: str) -> bool:
@@ -438,10 +591,16 @@ def evaluated(job: Job, experiment: Experiment, name: str) -> bool:
     return metadata.get(b"key") == evaluation_key(job, experiment, name).encode()
 
 
+def finished(job: Job, experiment: Experiment) -> bool:
+    """Whether nothing is left of a cell."""
+    trained = job.label == "base" or recorded(job, experiment)
+    return trained and all(evaluated(job, experiment, name) for name in experiment.benchmarks)
+
+
 def write_json(path: Path, data: Any) -> None:
     """All or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = draft(path)
     partial.write_text(json.dumps(data, indent=1, default=_plain) + "\n", encoding="utf-8")
     os.replace(partial, path)
 

@@ -15,6 +15,8 @@ from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
+from harness import ranks
+
 app = typer.Typer(
     name="retort",
     help="A bench for reasoning distillation: methods head to head, on equal budgets, with paired statistics.",
@@ -53,14 +55,43 @@ def compare(
     ] = False,
     set_: Set = None,
     results: Results = RESULTS,
-    executor: Annotated[str, typer.Option(help="Where cells run; this version: local.")] = "local",
+    executor: Annotated[
+        str, typer.Option(help="Where cells run: local (this machine), ray or slurm.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster, HOST:PORT or auto; default: one is started here."),
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="A parameter of SLURM's jobs as submitit names it, e.g. partition=gpu, timeout_min=600.",
+        ),
+    ] = None,
+    gpus_per_cell: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Of ray and slurm; default with ray: 1 if the cluster has any."),
+    ] = None,
+    cpus_per_cell: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of ray and slurm, and a cell's threads; default: the suite's threads, or cores over workers.",
+        ),
+    ] = None,
 ) -> None:
     """Train every method on every seed, evaluate, and print who is better. Resumes where it was cut."""
-    from harness import report
+    from harness import executors, report
     from harness.compare import compare as run
 
-    if executor != "local":
-        raise ValueError(f"--executor {executor!r} is not available in this version: use local")
+    where = executors.choose(
+        executor,
+        ray_address=ray_address,
+        slurm=slurm or (),
+        gpus_per_cell=gpus_per_cell,
+        cpus_per_cell=cpus_per_cell,
+    )
     summary = run(
         suite,
         methods=_names(methods),
@@ -69,6 +100,7 @@ def compare(
         tuned=tuned,
         overrides=set_ or (),
         results=results,
+        executor=where,
     )
     if summary:
         folder = results / summary["name"]
@@ -141,7 +173,12 @@ def sweep(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or micro/student.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a Hub id, micro/student, or a suite's line: '{server: URL, model: NAME}'."
+        ),
+    ],
     tasks: Annotated[str, typer.Option(help="Benchmarks, separated by commas.")],
     n: Annotated[
         int | None, typer.Option(min=1, help="Samples a problem; default: the task's.")
@@ -158,6 +195,7 @@ def evaluate(
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the task's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
+    engine: Annotated[str, typer.Option(help="What writes: hf or vllm.")] = "hf",
     aa: Annotated[
         bool,
         typer.Option("--aa", help="Draw it all again in other batches, and say what that moves."),
@@ -165,6 +203,8 @@ def evaluate(
     results: Results = RESULTS,
 ) -> None:
     """Score one model, trained here or anywhere, on benchmarks. Resumes where it was cut; a larger n adds samples."""
+    import yaml
+
     from harness import evaluation, models, problems
     from harness.progress import Display
     from harness.report.reading import at_k, sampled
@@ -176,7 +216,16 @@ def evaluate(
     }
     if not settings:
         raise ValueError(f"--tasks {tasks!r}: name at least one; retort benchmarks lists them")
-    loaded = models.load(model, checkpoints=problems.checkpoints())
+    written = model.lstrip().startswith("{")
+    if written and engine != "hf":
+        raise ValueError("--engine goes with a checkpoint; in {…} write `engine: vllm`")
+    try:
+        spec = yaml.safe_load(model) if written else {"model": model, "engine": engine}
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{model}: not a line of a suite: {' '.join(str(error).split())}"
+        ) from None
+    loaded = models.load(spec, checkpoints=problems.checkpoints(), writes=True)
     with Display(len(settings)) as display:
         rows = evaluation.score(
             loaded,
@@ -490,7 +539,9 @@ def plan(
     ] = None,
     probe: Annotated[
         int | None,
-        typer.Option(min=1, help="Training problems looked at; default 256, of stand-ins 64."),
+        typer.Option(
+            min=1, help="Training problems looked at; default 256, of stand-ins 24 to 64."
+        ),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Of a response, where the models are not here.")
@@ -663,6 +714,12 @@ def _range(space: Any) -> str:
 def main() -> None:
     """A user's mistake is one clear line and exit status 2; a bug keeps its traceback."""
     try:
+        if ranks.world() > 1:
+            if sys.argv[1:2] != ["compare"]:
+                raise ValueError(
+                    "accelerate launch: only `compare` runs on several ranks; take `retort` for this command"
+                )
+            ranks.join()
         app()
     except (ValueError, OSError) as error:
         text = (
@@ -670,9 +727,12 @@ def main() -> None:
             if isinstance(error, OSError) and error.filename
             else str(error)
         )
-        print(f"retort: {text}", file=sys.stderr)
+        if ranks.speaks():
+            print(f"retort: {text}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # Typer's word for Ctrl-C
+            raise
         print(
             "retort: stopped; what was finished is kept, run the same command to go on",
             file=sys.stderr,

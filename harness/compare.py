@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -24,8 +24,10 @@ from harness import (
     evaluation,
     models,
     problems,
+    ranks,
     registry,
     report,
+    sizes,
     space,
     standing,
     statistics,
@@ -33,7 +35,8 @@ from harness import (
 )
 from harness.capsule import environment
 from harness.cell import Job, write_json
-from harness.config import Benchmark, Experiment, find_suite, load, nearest
+from harness.config import Benchmark, Experiment, find_suite, load, model_spec, nearest
+from harness.executors import Executor
 from harness.ledger import Ledger, total
 from harness.progress import Display, Event, end_with_parent, throttled
 from harness.types import Problem
@@ -62,10 +65,12 @@ def compare(
     store: Path | None = None,
     quiet: bool = False,
     track: bool = True,
+    executor: Executor | None = None,
 ) -> dict[str, Any]:
     """Run a comparison and return its summary; what is done already is not done again.
 
-    With `tuned` every arm has the best setting of its sweep, and the comparison is named NAME-tuned.
+    With `tuned` every arm has the best setting of its sweep, and the comparison is named NAME-tuned. Cells run on this machine
+    unless `executors.choose` gives another executor.
     """
     setting = experiment(suite, overrides)
     labels = chosen(setting, methods)
@@ -75,21 +80,29 @@ def compare(
     effort: dict[str, Any] = {}
     if tuned:
         setting, effort = space.tuned(setting, labels, results / setting.name / "sweep.json")
-    check(setting, labels)
     folder = results / setting.name
     store = store or Path(os.environ.get("RETORT_STORE", results / "store"))
-    check_writable(folder, store)
-    contamination = prepare(setting, folder)
-    jobs = cell.jobs(setting, labels, folder, store)
-    for job in jobs:
-        if job.label != "base":
-            cell.recorded(job, setting)  # refuses another configuration before anything runs
+
+    def ready() -> tuple[dict[str, Any], list[Job]]:
+        check(setting, labels)
+        check_writable(folder, store)
+        contamination = prepare(setting, folder)
+        jobs = cell.jobs(setting, labels, folder, store)
+        for job in jobs:
+            if job.label != "base":
+                cell.recorded(job, setting)  # refuses another configuration before anything runs
+        return contamination, jobs
+
+    contamination, jobs = ranks.agree(ready)
     with (
-        Display(len(jobs)) if not quiet else Silent() as display,
+        Display(len(jobs)) if ranks.first() and not quiet else Silent() as display,
         tracking.watching(folder, track),
     ):
-        run(jobs, setting.workers, display)
-    if os.environ.get("RANK", "0") != "0":
+        if executor is None:
+            run(jobs, setting.workers, display)
+        else:
+            executor.run(jobs, setting, display)
+    if not ranks.first():
         return {}
     summary = summarise(setting, labels, jobs, contamination)
     if effort:
@@ -103,7 +116,27 @@ def compare(
 
 def check(setting: Experiment, labels: Sequence[str]) -> None:
     """Everything that can be wrong is found here, before compute is spent."""
-    check_models(setting, {label: cell.recipe(setting, label)[0].required() for label in labels})
+    check_engines(setting)
+    check_models(setting, needs(setting, labels))
+    check_tasks(setting)
+
+
+def check_engines(setting: Experiment) -> None:
+    """Refuse vLLM where there is none, and on several ranks: each would start engines of its own on the same GPUs, and only the
+    first writes weights for one."""
+    specs = {"student": setting.student, "teacher": setting.teacher, **setting.models}
+    for name, spec in specs.items():
+        described = model_spec(spec, name)
+        if ranks.world() > 1 and getattr(described, "engine", "hf") == "vllm":
+            raise ValueError(
+                f"{name}: `engine: vllm` does not run under `accelerate launch`, whose processes share out the writing "
+                "themselves: take `engine: hf`, or start `retort compare` as one process"
+            )
+        models.check_here(described)
+
+
+def check_tasks(setting: Experiment) -> None:
+    """Refuse problem sets and benchmarks that there are not, or options that they do not know."""
     for name, options in setting.problems.items():
         problems.check(name, **options)
     for name, given in setting.benchmarks.items():
@@ -113,6 +146,11 @@ def check(setting: Experiment, labels: Sequence[str]) -> None:
             evaluation.problems_of(name, limit=1, levels=given.levels, options=given.options)
         if given.bands:
             _check_bands(name, given)
+
+
+def needs(setting: Experiment, labels: Sequence[str]) -> dict[str, frozenset[str]]:
+    """What each arm needs of the models."""
+    return {label: cell.recipe(setting, label)[0].required() for label in labels}
 
 
 def _check_bands(name: str, given: Benchmark) -> None:
@@ -129,22 +167,34 @@ def _check_bands(name: str, given: Benchmark) -> None:
             )
 
 
-def check_models(setting: Experiment, needed: Mapping[str, frozenset[str]]) -> None:
-    """Refuse a suite whose models cannot do what each label needs of them (`model.capability`)."""
+def check_models(
+    setting: Experiment, needed: Mapping[str, frozenset[str]], among: Collection[str] | None = None
+) -> None:
+    """Refuse a suite whose models (or those named) cannot do what each label needs of them (`model.capability`)."""
     checkpoints = problems.checkpoints()
     specs = {"student": setting.student, "teacher": setting.teacher, **setting.models}
-    offers = {name: models.capabilities(spec, checkpoints) for name, spec in specs.items()}
-    offers["base"] = offers["student"]
+    offers = {
+        name: models.capabilities(
+            spec, checkpoints, trained=name == "student", writes=name == "teacher"
+        )
+        for name, spec in specs.items()
+        if among is None or name in among
+    }
+    if "student" in offers:
+        sizes.check_adapter(setting.student, checkpoints)
+        offers["base"] = offers["student"]
     for label, needs in needed.items():
         for need in sorted(needs):
             who, _, what = need.partition(".")
+            if among is not None and who not in among:
+                continue
             if who not in offers:
                 raise ValueError(
                     f"{label} needs a model {who!r}: name one under `models:` in the suite"
                 )
             if what not in offers[who]:
                 able = [a for a in sorted(registry.methods()) if need not in registry.get(a).needs]
-                take = f"a Transformers model as {who}"
+                take = f"a Transformers model (`engine: hf`) as {who}"
                 if what == "reward":
                     take = (
                         "a token or sequence classifier, {ask: MODEL} or {server: URL, model: NAME}"
@@ -153,7 +203,7 @@ def check_models(setting: Experiment, needed: Mapping[str, frozenset[str]]) -> N
                     f"{label} needs the {who}'s {what}, and {specs[who]!r} offers only "
                     f"{', '.join(sorted(offers[who]))}: use {take}, or a method that does without ({', '.join(able)})"
                 )
-    if any("teacher.logits" in needs for needs in needed.values()):
+    if among is None and any("teacher.logits" in needs for needs in needed.values()):
         models.check_vocabularies(setting.student, setting.teacher, checkpoints)
 
 
@@ -204,7 +254,7 @@ _SEND: Any = None  # a worker's end of the event queue
 
 def run(jobs: Sequence[Job], workers: int, display: Any) -> None:
     """Run cells in order, `workers` at a time."""
-    workers = 1 if "RANK" in os.environ else min(workers, len(jobs))
+    workers = 1 if ranks.world() > 1 else min(workers, len(jobs))
     if workers == 1:
         for job in jobs:
             cell.run(job, throttled(lambda event: display(*event), job.name))

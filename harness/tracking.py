@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import mirror
+from harness import mirror, ranks
 from harness.config import nearest
 from harness.mirror import database
 from harness.progress import end_with_parent
@@ -61,7 +61,7 @@ def _recorded(folder: Path, uri: str | None, write: Callable[[str], Any]) -> Any
 @contextlib.contextmanager
 def watching(folder: Path, on: bool = True, every: float = EVERY) -> Iterator[None]:
     """Mirror a folder while the block runs, from a process of its own at the lowest priority: training waits for nothing."""
-    if not on or os.environ.get("RANK", "0") != "0":
+    if not on or not ranks.first():
         yield
         return
     code = f"from pathlib import Path; from harness.tracking import watch; watch(Path({str(folder)!r}), {os.getpid()}, {every})"

@@ -8,6 +8,7 @@ padded or spread. Every rank sees the same examples and takes its share of the m
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -22,13 +23,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from harness import ranks
 from harness.config import Budget, Training
 from harness.ledger import Ledger, forward_flops, training_flops
 from harness.models.collate import collate
 from harness.models.hf import HFModel
 from harness.objectives.chunked import chunked_loss
-from harness.store import digest, writing
+from harness.store import digest, draft, writing
 from harness.types import Batch, Example, Objective, OffPolicy, Stage, Tokens
 
 if TYPE_CHECKING:
@@ -52,12 +56,13 @@ class State:
 
 
 class Core(nn.Module):
-    """The one module that Accelerate wraps: the chunked loss is computed inside its forward."""
+    """The one module that is wrapped: the chunked loss is computed inside its forward, where the head is whole."""
 
-    def __init__(self, student: HFModel) -> None:
+    def __init__(self, student: HFModel, mixed: bool) -> None:
         super().__init__()
         self.student = [student]  # in a list: not a submodule
         self.model = student.model
+        self.mixed = mixed  # bf16 products of fp32 weights
 
     def forward(
         self,
@@ -70,17 +75,19 @@ class Core(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the batch's losses, and the losses themselves [N], detached."""
         student = self.student[0]
-        return chunked_loss(
-            student.hidden(batch),
-            student.head_weight,
-            student.head_bias,
-            tokens,
-            objective,
-            coefficients,
-            teacher_hidden,
-            None if teacher is None else teacher.head,
-            student.vocabulary,
-        )
+        # In here, because DeepSpeed switches off what is on around it.
+        with torch.autocast(student.device.type, torch.bfloat16, enabled=self.mixed):
+            return chunked_loss(
+                student.hidden(batch),
+                student.head_weight,
+                student.head_bias,
+                tokens,
+                objective,
+                coefficients,
+                teacher_hidden,
+                None if teacher is None else teacher.head,
+                student.vocabulary,
+            )
 
 
 class Trainer:
@@ -108,14 +115,14 @@ class Trainer:
         precision = training.precision
         if precision == "auto":
             precision = "bf16" if student.device.type == "cuda" else "fp32"
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            cpu=student.device.type == "cpu",
-        )
+        ranks.join()
+        self.accelerator = Accelerator(mixed_precision="no", cpu=student.device.type == "cpu")
+        if training.gradient_checkpointing:
+            student.recompute()
         student.model.train()
-        self.core = self.accelerator.prepare(Core(student))
-        self.parameters = [p for p in student.model.parameters() if p.requires_grad]
-        self.optimizer = self._new_optimizer()
+        self._shards: dict[str, Tensor] = {}  # of the weights in training, where they are sharded
+        self._behind = False  # whether the student lacks what was trained since
+        self.core, self.optimizer = self._wrapped(precision == "bf16")
         self.state = State()
         self.clock = (0, 0)  # stage and step of the samples that are being drawn
         self._reached = 0  # stages that the method has behind it in this process
@@ -142,7 +149,7 @@ class Trainer:
     ) -> None:
         """Train on one stage; one that a checkpoint has behind it only gets the student's weights after it."""
         if index < self.state.stage:
-            self._load(torch.load(self._boundary(index + 1), map_location=self.student.device))
+            self._load(torch.load(self._boundary(index + 1), map_location="cpu"))
             self._reached = index + 1
             return
         if self._saved is not None:
@@ -159,7 +166,7 @@ class Trainer:
         if not items:
             raise ValueError(_empty(stage, "no problems", notes))
         if stage.optimizer == "reset" and self.state.step == 0 and index > 0:
-            self.optimizer = self._new_optimizer()
+            self.optimizer.state.clear()
         if self.state.step == 0:
             self._begin(stage)
         start = self.state.stages[-1]["from"]
@@ -180,6 +187,7 @@ class Trainer:
                 examples: Sequence[Example] = self._draw(items, index, self.state.step, size)
             else:
                 if not pending:
+                    self._catch_up()
                     self.student.version = f"{self.state.boundaries[index]}+{self.state.step}"
                     block = self._draw(items, index, self.state.step // every, size * every)
                     made = self._fit(source.make(block), stage, notes, needed=False)
@@ -189,6 +197,7 @@ class Trainer:
                 examples = pending.pop(0)
                 if not any(example.weight for example in examples):
                     stop = self.ledger.exhausted("student_generated", "teacher_generated")
+            self.student.rest()  # it has written
             progress = (self.state.consumed - start) / (end - start)
             self._step(stage, examples, teacher, progress)
             self.state.step += 1
@@ -212,6 +221,7 @@ class Trainer:
         self.state.stage, self.state.step = index + 1, 0
         self._reached = index + 1
         self.student.version = None
+        self._catch_up()
         self.student.touch()
         self.save(notes, boundary=True)
         if self.watch is not None:
@@ -266,7 +276,7 @@ class Trainer:
             for e in live
             if _objective(stage, e.term).needs_teacher
         )
-        flops = training_flops(self.student.num_parameters, tokens)
+        flops = training_flops(self.student.num_parameters, tokens, self.student.num_trained)
         if scored:
             flops += forward_flops(getattr(teacher(), "num_parameters", 0), scored)
         costs = {"trained": tokens, "steps": 1, "teacher_scored": scored, "flops": flops}
@@ -294,16 +304,18 @@ class Trainer:
         progress: float,
     ) -> tuple[float, float]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batches = plan(live, self.training.micro_tokens)
-        mine = batches[rank::world] or [batches[0]]  # a rank without work repeats one at weight 0
-        idle = rank >= len(batches)
+        packed = self.training.packing
+        batches = plan(live, self.training.micro_tokens, packed)
         total = torch.zeros((), device=self.student.device, dtype=torch.float64)
-        for position, members in enumerate(mine):
-            last = position == len(mine) - 1
+        for start in range(0, len(batches), world):
+            last = start + world >= len(batches)
+            # A rank without work repeats one at weight 0: a pass of sharded weights takes all ranks.
+            idle = start + rank >= len(batches)
+            members = batches[0 if idle else start + rank]
             objective = _objective(stage, members[0].term)
-            batch, tokens, sequence = collate(members, self.student.pad, progress=progress).to(
-                self.student.device
-            )
+            batch, tokens, sequence = collate(
+                members, self.student.pad, packed=packed, progress=progress
+            ).to(self.student.device)
             coefficients = tokens.weights / scale
             if stage.mean == "sequence":
                 lengths = torch.bincount(sequence, minlength=len(members))
@@ -314,7 +326,10 @@ class Trainer:
             teacher_hidden = None
             if teacher is not None:
                 teacher_hidden = self._teacher_hidden(teacher, members)
-            with nullcontext() if last else self.accelerator.no_sync(self.core):
+            # Gradients are added up over the ranks once a step; those of sharded weights at once, so that each keeps its own.
+            apart = not last and not self._shards
+            self.accelerator.sync_gradients = last  # DeepSpeed's step is in its last backward
+            with self.accelerator.no_sync(self.core) if apart else nullcontext():
                 part, _ = self.core(
                     batch,
                     tokens,
@@ -323,19 +338,21 @@ class Trainer:
                     teacher,
                     teacher_hidden,
                 )
-                # DDP averages gradients over ranks; the loss is already divided by the whole step.
+                # All of them average gradients over ranks; the loss is already divided by the whole step.
                 self.accelerator.backward(part * world)
             total += part.detach().double()
         total = self.accelerator.reduce(total, "sum") if world > 1 else total
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.training.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(total), float(norm)
+        self._behind = bool(self._shards)
+        return float(total), float(_whole(norm))
 
     def _teacher_hidden(self, teacher: LanguageModel, members: Sequence[Example]) -> Tensor:
-        batch = collate(members, self.student.pad, teacher=True).to(self.student.device).batch
+        packed = self.training.packing
+        made = collate(members, self.student.pad, teacher=True, packed=packed)
         with torch.no_grad():
-            return teacher.hidden(batch)
+            return teacher.hidden(made.to(self.student.device).batch)
 
     # -- data order -----------------------------------------------------------------------------
 
@@ -416,17 +433,67 @@ class Trainer:
         low = training.min_lr if training.schedule != "constant" else 0.0
         return training.learning_rate * (low + (1 - low) * shape)
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
+    # -- weights over ranks ---------------------------------------------------------------------
+
+    def _wrapped(self, mixed: bool) -> tuple[Any, Any]:
+        """The core and its optimizer, as the launcher's configuration wants them: alone, DDP, FSDP2 or DeepSpeed.
+
+        Under FSDP2 a twin of the student is sharded: each layer is a unit, and the root has what is left, so that
+        embeddings and head are gathered from the beginning of the core's forward on. The student itself stays whole, because
+        it writes, scores and is saved between the steps, and then each rank does another part of the work.
+        """
+        if _configured("FSDP"):
+            if os.environ.get("FSDP_VERSION") != "2":
+                raise ValueError(
+                    "accelerate launch: FSDP of version 1 is not supported; fsdp_version: 2"
+                )
+            twin = copy.copy(self.student)
+            twin.model = copy.deepcopy(self.student.model)
+            core = Core(twin, mixed)
+            layers = set(twin.model._no_split_modules or ())
+            for module in core.modules():
+                if type(module).__name__ in layers:
+                    fully_shard(module)
+            fully_shard(core)
+            self._shards = dict(core.model.named_parameters())
+            return core, self.accelerator.prepare_optimizer(self._optimizer(core))
+        core = Core(self.student, mixed)
+        if not _configured("DEEPSPEED"):
+            wrapped = self.accelerator.prepare(core)
+            return wrapped, self.accelerator.prepare_optimizer(self._optimizer(core))
+        plugin = self.accelerator.state.deepspeed_plugin
+        if plugin.zero_stage > 2:
+            raise ValueError(
+                f"accelerate launch: ZeRO stage {plugin.zero_stage} is not supported: take zero_stage: 2, or FSDP2, "
+                "which shards weights as well"
+            )
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # it only divides by it
+        plugin.deepspeed_config["gradient_clipping"] = self.training.clip
+        self.checkpoint = None  # its optimizer is in parts that no other number of ranks can read
+        return self.accelerator.prepare(core, self._optimizer(core))
+
+    def _optimizer(self, core: nn.Module) -> torch.optim.Optimizer:
         training = self.training
-        decay = [p for p in self.parameters if p.ndim >= 2]
-        rest = [p for p in self.parameters if p.ndim < 2]
+        trained = [p for p in core.parameters() if p.requires_grad]
         groups = [
-            {"params": decay, "weight_decay": training.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": training.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        betas = training.betas
-        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas)
-        return self.accelerator.prepare(optimizer)
+        return torch.optim.AdamW(groups, lr=training.learning_rate, betas=training.betas)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What is trained, in the optimizer's order."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def _catch_up(self) -> None:
+        """Give the student what was trained; where that is sharded, all ranks come here."""
+        if self._behind:
+            for name, parameter in self.student.model.named_parameters():
+                if self._shards[name].requires_grad:
+                    parameter.copy_(_whole(self._shards[name]))
+            self._behind = False
 
     # -- checkpoints ----------------------------------------------------------------------------
 
@@ -436,16 +503,24 @@ class Trainer:
         At the end of a stage the weights are kept in a file of their own too: a run that is taken up again executes the
         method from its start, and must show it the student as it was between the stages.
         """
-        if self.checkpoint is None or not self.accelerator.is_main_process:
+        if self.checkpoint is None:
             return
-        weights = self.student.model.state_dict()
+        self._catch_up()
+        weights = self.student.weights()
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {
+            place: {name: _gathered(value) for name, value in held.items()}
+            for place, held in optimizer["state"].items()
+        }
+        if not self.accelerator.is_main_process:
+            return
         if boundary:
             self._write(self._boundary(self.state.stage), weights)
         held = {
             "key": self.key,
             "state": vars(self.state),
             "model": weights,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "ledger": self.ledger.to_dict(),
             "notes": dict(notes),
             "rng": {
@@ -462,12 +537,13 @@ class Trainer:
 
         Its weights are loaded when the method reaches the stage that was cut off.
         """
-        if self.checkpoint is None or not self.checkpoint.is_file():
+        path = self.checkpoint
+        if path is None or not ranks.agree(path.is_file):
             return None
-        saved = torch.load(self.checkpoint, map_location=self.student.device, weights_only=False)
+        saved = torch.load(path, map_location="cpu", weights_only=False)
         if saved["key"] != self.key:
             raise ValueError(
-                f"{self.checkpoint} was left by a run with another configuration: give this one a name of "
+                f"{path} was left by a run with another configuration: give this one a name of "
                 "its own (--set name=…), or remove the file"
             )
         self._saved, self.state = saved, State(**saved["state"])
@@ -483,7 +559,12 @@ class Trainer:
     def _restore(self, saved: Mapping[str, Any]) -> None:
         self._saved = None
         self._load(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        held = dict(saved["optimizer"])
+        held["state"] = {
+            place: {name: _like(value, self.parameters[place]) for name, value in state.items()}
+            for place, state in held["state"].items()
+        }
+        self.optimizer.load_state_dict(held)
         rng = saved["rng"]
         torch.set_rng_state(rng["torch"].cpu())
         if rng["cuda"]:
@@ -491,9 +572,13 @@ class Trainer:
         random.setstate(rng["python"])
         np.random.set_state(rng["numpy"])
 
+    @torch.no_grad()
     def _load(self, weights: Mapping[str, Tensor]) -> None:
-        self.student.model.load_state_dict(weights)
-        self.student.touch()
+        self.student.load_state(weights)
+        for name, parameter in self.student.model.named_parameters():
+            if name in self._shards:
+                self._shards[name].copy_(_like(parameter, self._shards[name]))
+        self._behind = False
 
     def _boundary(self, index: int) -> Path:
         assert self.checkpoint is not None
@@ -501,13 +586,40 @@ class Trainer:
 
     def _write(self, path: Path, data: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial = draft(path)
         try:
             with writing(path):
                 torch.save(data, partial)
                 os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _configured(engine: str) -> bool:
+    """Whether the launcher was told to use it; Accelerate itself leaves FSDP out on CPUs."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true"
+
+
+def _whole(value: Any) -> Any:
+    """A tensor that is sharded, gathered on every rank; anything else as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _gathered(value: Any) -> Any:
+    """A sharded tensor whole in the main memory of rank 0, which saves it: a GPU need not hold all of them."""
+    if not isinstance(value, DTensor):
+        return value
+    whole = value.full_tensor()
+    return whole.cpu() if ranks.first() else None
+
+
+def _like(value: Any, parameter: Tensor) -> Any:
+    """This rank's part of a whole tensor that is sharded as a parameter is; anything else as it is."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(
+        value.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
 
 
 def denominator(stage: Stage, examples: Sequence[Example]) -> float:
@@ -532,16 +644,21 @@ def denominator(stage: Stage, examples: Sequence[Example]) -> float:
     return weight
 
 
-def plan(examples: Sequence[Example], micro_tokens: int) -> list[list[Example]]:
-    """Cut a step into micro-batches of one term, like lengths, and bounded padded size."""
+def plan(
+    examples: Sequence[Example], micro_tokens: int, packed: bool = False
+) -> list[list[Example]]:
+    """Cut a step into micro-batches of one term, like lengths, and bounded padded size; packed ones have no padding."""
     batches: list[list[Example]] = []
     width = 0
     for example in sorted(examples, key=lambda e: (e.term, length(e))):
         padded = -(-length(example) // 32) * 32
         current = batches[-1] if batches else None
         fits = current and current[0].term == example.term
-        # A much longer sequence starts a batch of its own: padding costs more than a forward pass.
-        if current and fits and (len(current) + 1) * padded <= micro_tokens and padded <= 2 * width:
+        if packed:
+            room = sum(map(length, current or ())) + length(example) <= micro_tokens
+        else:  # a much longer sequence starts a batch of its own: padding costs more than a forward pass
+            room = (len(current or ()) + 1) * padded <= micro_tokens and padded <= 2 * width
+        if current and fits and room:
             current.append(example)
         else:
             batches.append([example])

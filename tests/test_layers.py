@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 # Each module of harness may import modules of lower rank only (or, inside a package, its own).
 RANK = {
     "types": 0,
+    "ranks": 0,
     "coding": 1,
     "config": 1,
     "objectives": 1,
@@ -35,6 +36,7 @@ RANK = {
     "standin": 6,
     "evaluation": 6,
     "cell": 7,
+    "executors": 7.5,
     "report": 7,
     "verify": 7,
     "mirror": 6,

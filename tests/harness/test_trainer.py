@@ -222,6 +222,24 @@ def test_stages_share_one_budget_and_one_schedule() -> None:
         run.run(2, Stage("s2", OffPolicy(EXAMPLES), nll, share=0.1), no_teacher, {})
 
 
+def test_a_reset_optimizer_is_a_new_one() -> None:
+    """The second stage goes as in a run of its own from the same weights; one that is kept remembers the first."""
+    stage = Stage("s", OffPolicy(EXAMPLES), nll, share=0.5)
+    kept, reset = trainer(6), trainer(6)
+    for run, optimizer in ((kept, "keep"), (reset, "reset")):
+        run.run(0, stage, no_teacher, {})
+        between = weights(run.student)
+        run.run(1, replace(stage, optimizer=optimizer), no_teacher, {})  # type: ignore[arg-type]
+    fresh = trainer(6)
+    fresh.run(0, stage, no_teacher, {})
+    assert torch.equal(weights(fresh.student), between)
+    alone = trainer(6, student=fresh.student)
+    alone._draw, draw = (lambda items, index, *rest: draw(items, 1, *rest)), alone._draw  # type: ignore[method-assign]
+    alone.run(0, stage, no_teacher, {})
+    assert torch.equal(weights(alone.student), weights(reset.student))
+    assert not torch.allclose(weights(kept.student), weights(reset.student), rtol=1e-4)
+
+
 def test_a_budget_of_tokens_ends_when_they_are_trained() -> None:
     run = trainer(budget=Budget(trained_tokens=400))
     run.run(0, Stage("s", OffPolicy(EXAMPLES), nll), no_teacher, {})
