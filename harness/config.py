@@ -8,10 +8,18 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 Quantity = Literal["teacher_generated", "teacher_scored", "student_generated"]
 
@@ -75,6 +83,19 @@ class Training(Frozen):
     micro_tokens: int = Field(16384, gt=0)  # padded tokens of one forward pass
     checkpoint_every: int = Field(100, gt=0)  # optimizer steps
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    gradient_checkpointing: bool = (
+        False  # compute activations again: less memory, a third more FLOPs
+    )
+    packing: bool = False  # several sequences in one row, apart by their positions, no padding
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """At its default a key that came later is left out: digests of what was run before there was one stay."""
+        data: dict[str, Any] = handler(self)
+        return {k: v for k, v in data.items() if k not in LATER or v != LATER[k]}
+
+
+LATER: dict[str, Any] = {"gradient_checkpointing": False, "packing": False}  # keys of `training`
 
 
 class Budget(Frozen):
@@ -154,6 +175,108 @@ class Sweep(Frozen):
     heartbeat: int = Field(60, gt=0)  # seconds, with a database: silent for twice as long is dead
 
 
+class Adapter(Frozen):
+    """LoRA (arXiv:2106.09685): W + (alpha / r) B A, of which A [r, in] and B [out, r] are trained."""
+
+    r: int = Field(16, gt=0)
+    alpha: float | None = Field(None, gt=0)  # None: 2 r
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = "all-linear"  # modules, as peft names them
+
+
+class Engine(Frozen):
+    """How vLLM runs a model; further keys go to its engine as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", validate_default=True)
+
+    tensor_parallel_size: int = Field(1, gt=0)  # GPUs that one copy is spread over
+    data_parallel_size: int = Field(1, gt=0)  # copies
+    gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)
+    max_model_len: int | None = Field(None, gt=0)  # tokens; None: the model's own
+    max_logprobs: int = Field(20, gt=0)  # K: entropies are of the K likeliest tokens, and bounded
+    enforce_eager: bool = False
+
+
+class Checkpoint(Frozen):
+    """A model with weights: a name, a folder or a Hub id, and how it is run."""
+
+    model: str
+    engine: Literal["hf", "vllm"] = "hf"  # what writes and scores; training is always hf
+    vllm: Engine = Engine()
+    adapter: Adapter | None = None  # of a student: train LoRA weights only
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None  # None: fp32 on a CPU, bf16 on a GPU
+    attn_implementation: str | None = None  # None: as Transformers chooses
+    quantize: Literal["8bit", "4bit"] | None = None  # of a frozen model, by bitsandbytes
+    offload: bool = False  # of a frozen model: layers that do not fit are kept in main memory
+
+    @model_validator(mode="after")
+    def _engine_is_used(self) -> Checkpoint:
+        if self.engine == "hf" and self.vllm != Engine():
+            raise ValueError(
+                "`vllm: {…}` is for `engine: vllm`, and this model runs on Transformers"
+            )
+        return self
+
+
+class Server(Frozen):
+    """A model behind an OpenAI-compatible server: it writes; as one of `models`, it judges."""
+
+    server: str = Field(pattern=r"^https?://")  # http://host:port/v1
+    model: str
+    key: str = Field(
+        "OPENAI_API_KEY", pattern=r"^\w+$"
+    )  # the environment variable that holds the key
+    api: Literal["chat", "completions"] = "chat"  # who applies the chat template: it, or the bench
+    tokens: Literal["text", "ids"] = "text"  # ids: of vLLM, with their log-probabilities
+    tokenizer: str | None = None  # a folder or Hub id; None: the student's, over its text
+    prefix: Literal["continue", "refuse"] = "refuse"  # of chat: may it go on from a begun answer
+    body: dict[str, Any] = {}  # further keys of each request's body; null leaves a key out
+    concurrency: int = Field(8, gt=0)  # requests at a time
+    requests_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(None, gt=0)
+    attempts: int = Field(5, gt=0)
+    timeout: float = Field(600.0, gt=0)  # seconds of one attempt
+    price: dict[Literal["input", "output"], Annotated[float, Field(ge=0)]] = {}  # of 1e6 tokens
+
+    WRITING: ClassVar = ("api", "tokens", "tokenizer", "prefix", "body", "price")  # not of a judge
+
+
+class Replay(Frozen):
+    """A teacher that only replays a file of traces."""
+
+    traces: str
+
+
+class YesNo(Frozen):
+    """A judge: a language model that is asked yes or no."""
+
+    ask: str | Checkpoint
+
+
+ModelSpec = Checkpoint | Server | Replay | YesNo
+
+
+def model_spec(spec: str | Path | Mapping[str, Any] | ModelSpec, who: str = "model") -> ModelSpec:
+    """The line of a suite that names a model; a mistake is one readable ValueError."""
+    if isinstance(spec, Frozen):
+        return spec
+    if not isinstance(spec, Mapping):
+        return Checkpoint(model=str(spec))
+    kinds: dict[str, type[ModelSpec]] = {
+        "traces": Replay, "server": Server, "ask": YesNo, "model": Checkpoint
+    }  # fmt: skip
+    kind = next((kinds[key] for key in kinds if key in spec), None)
+    if kind is None:
+        raise ValueError(
+            f"{who}: a name, {{model: …}}, {{traces: file.jsonl}}, {{server: …, model: …}} or {{ask: …}}; "
+            f"found the keys {', '.join(map(str, spec))}"
+        )
+    try:
+        return kind.model_validate(spec)
+    except ValidationError as error:
+        raise ValueError(explain(error, who, kind)) from None
+
+
 class Contamination(Frozen):
     """When a training problem counts as overlapping a benchmark."""
 
@@ -231,15 +354,24 @@ class Experiment(Frozen):
                 )
             if not isinstance(options.get("levels", []), list):
                 raise ValueError(f"problems.{name}.levels: a list, got {options['levels']!r}")
-        for who, spec in {"student": self.student, "teacher": self.teacher}.items():
-            if isinstance(spec, dict) and not {"model", "traces"} & set(spec):
-                raise ValueError(
-                    f"{who}: a name, {{model: …}} or {{traces: file.jsonl}}, got {spec!r}"
-                )
-            if isinstance(spec, dict) and not all(
-                isinstance(v, (str, dict)) for v in spec.values()
-            ):
-                raise ValueError(f"{who}: model and traces are text, got {spec!r}")
+        if not isinstance(student := model_spec(self.student, "student"), Checkpoint):
+            raise ValueError(f"student: a name or {{model: …}}, got {self.student!r}")
+        if student.quantize or student.offload:
+            raise ValueError("student: quantised and offloaded weights cannot be trained")
+        teacher = model_spec(self.teacher, "teacher")
+        if isinstance(teacher, YesNo):
+            raise ValueError(f"teacher: a model that writes, got {self.teacher!r}")
+        others = {who: model_spec(spec, f"models.{who}") for who, spec in self.models.items()}
+        for who, spec in others.items():
+            if isinstance(spec, Server):
+                writing = [key for key in Server.WRITING if key in spec.model_fields_set]
+                if writing:
+                    raise ValueError(
+                        f"models.{who}: {', '.join(writing)} say how a server writes, and as one of `models` it judges"
+                    )
+        for who, spec in {"teacher": teacher, **others}.items():
+            if isinstance(spec, Checkpoint) and spec.adapter is not None:
+                raise ValueError(f"{who}: only a student has an adapter")
         if len(set(self.data_seeds)) < len(self.data_seeds):
             raise ValueError(f"data_seeds: each once, got {self.data_seeds}")
         if "base" in self.methods:
@@ -324,6 +456,8 @@ def explain(error: ValidationError, source: str, model: type[BaseModel]) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = "" if isinstance(item["input"], Mapping) else f" (got {item['input']!r})"
+            if path[-1:] == ["key"]:  # somebody may have put the key itself there
+                given = ": the name of an environment variable, not the key"
             text = f"key {key!r}: {message[0].lower()}{message[1:]}{given}"
         lines.append(f"{source}: {text}")
     return "\n".join(dict.fromkeys(lines))

@@ -23,10 +23,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from harness import fewshot, problems, statistics, verifiers
+from harness import fewshot, models, problems, statistics, verifiers
 from harness.config import nearest
-from harness.lab import sample_group, sample_keys
-from harness.store import Store, short_digest
+from harness.lab import sample_group, sample_keys, write_block, written_tokens
+from harness.store import Store, draft, short_digest
 from harness.types import LanguageModel, Problem, Request, Sampling, Split, Trace, Verdict
 from harness.verifiers import sandbox
 
@@ -541,9 +541,12 @@ def respond(
         if wanted.intersection(block) <= rows.keys():
             continue
         report("answers", len(wanted & rows.keys()), len(wanted))
-        new = dict(zip(block, map(_row, write()), strict=True))
+        made, failure = write(block, rows.keys())
+        new = {key: _row(trace) for key, trace in made.items()}
         if store:
             store.put("responses", group, new)
+        if failure is not None:
+            raise failure
         rows.update(new)
     report("answers", len(wanted), len(wanted))
     return [
@@ -557,13 +560,13 @@ def _blocks(
     requests: Sequence[Request],
     sampling: Sampling,
     keys: Sequence[Sequence[str]],
-) -> Iterator[tuple[list[str], Callable[[], list[Trace]]]]:
+) -> Iterator[tuple[list[str], Callable[..., tuple[dict[str, Trace], Exception | None]]]]:
     """The keys of each block of samples, and what writes them."""
     if isinstance(model, Planner):
         starts = [mine[0].rpartition("-")[0] for mine in keys]
         for block in model.plan(requests, sampling):
             names = [f"{starts[place]}-{sample}" for place, sample in block.pairs]
-            yield names, partial(model.generate_block, block)
+            yield names, partial(write_block, model, block)
         return
     for first in range(0, len(requests), CHUNK):
         part = slice(first, first + CHUNK)
@@ -571,12 +574,23 @@ def _blocks(
         yield names, partial(_generate, model, requests[part], sampling)
 
 
-def _generate(model: LanguageModel, requests: Sequence[Request], sampling: Sampling) -> list[Trace]:
-    return [trace for traces in model.generate(requests, sampling) for trace in traces]
+def _generate(
+    model: LanguageModel,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    names: Sequence[str],
+    known: object,
+) -> tuple[dict[str, Trace], None]:
+    traces = model.generate(requests, sampling)
+    return dict(zip(names, (t for group in traces for t in group), strict=True)), None
 
 
 def _row(trace: Trace) -> dict[str, Any]:
-    return {"text": trace.text, "tokens": len(trace.tokens), "finished": trace.finished}
+    return {
+        "text": trace.text,
+        "tokens": trace.prefix + written_tokens(trace),
+        "finished": trace.finished,
+    }
 
 
 def _pair(model: LanguageModel, context: str, continuation: str) -> tuple[Any, Any]:
@@ -660,7 +674,7 @@ def write_records(
     table = pa.table(columns).replace_schema_metadata(dict(metadata or {}))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = draft(path)
     try:
         pq.write_table(table, partial, compression="zstd")
         os.replace(partial, path)
@@ -751,12 +765,14 @@ def protocol_hash(protocol: Mapping[str, Any]) -> str:
 
 
 def engine(model: Any) -> dict[str, str]:
-    """What computes; a name or a folder is computed by Transformers."""
+    """What computes, of a model or a suite's line; a name or a folder is computed by Transformers."""
+    said = getattr(getattr(model, "engine", model), "said", None)
+    if said is None and isinstance(model, Mapping):
+        said = models.said(model)
+    if said is not None:
+        return dict(said)
     backend = type(model).__module__ if hasattr(model, "generate") else "harness.models.hf"
-    packages = {
-        "harness.models.hf": ("torch", "transformers"),
-        "harness.models.vllm": ("torch", "vllm"),
-    }
+    packages = {"harness.models.hf": ("torch", "transformers")}
     network = getattr(model, "model", None)  # a name stands for a student, which is loaded in fp32
     kind = str(getattr(network, "dtype", "float32")).removeprefix("torch.")
     return {

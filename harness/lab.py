@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from harness import problems as problem_sets
-from harness import verifiers
+from harness import ranks, verifiers
 from harness.config import SamplingSettings
 from harness.ledger import Ledger, forward_flops
 from harness.store import Store, digest
@@ -30,6 +30,7 @@ from harness.types import (
 )
 
 Report = Callable[[str, int, int], None]  # phase, done, total
+Made = tuple[Sequence[dict[str, Any] | None], Mapping[str, float]]  # rows, and what they cost
 SCORED = 2048  # responses scored between two writes to the store
 REWARDED = 256  # the same of a reward model, which may be a server that fails
 
@@ -95,8 +96,9 @@ class Workbench:
         self._vocabularies[author] = model.vocabulary_digest
         column = "student_generated" if self._is_student(model) else "teacher_generated"
         if on_policy:
-            traces = model.generate(requests, settings)
-            self._spend(column, model, [t for group in traces for t in group], requests)
+            traces = self._written(model, requests, settings)
+            written = [trace for group in traces for trace in group]
+            self._spend(self._costs(column, model, written, requests))
             traces = self._charged(column, model, traces, None, purpose, requests)
             return self._verified(traces, verifiers.opens_think(model)) if judge else traces
         keys = [sample_keys(model, request, n) for request in requests]
@@ -139,18 +141,15 @@ class Workbench:
         order = sorted(wanted, key=lambda key: (sum(map(len, wanted[key])), key))
         blocks = [order[i : i + SCORED] for i in range(0, len(order), SCORED)]
 
-        def make(block: int) -> list[dict[str, Any]]:
+        def make(block: int, known: Collection[str]) -> Made:
             mine = [wanted[key] for key in blocks[block]]
             tokens = sum(len(prompt) + len(response) for prompt, response in mine)
+            costs = {"flops": forward_flops(parameters, tokens)}
             if not student:
-                self._ledger.spend(column, tokens)
-            self._ledger.spend("flops", forward_flops(parameters, tokens))
-            return [
-                {"logprobs": list(s.logprobs), "entropies": list(s.entropies)}
-                for s in model.score(mine)
-            ]
+                costs[column] = tokens
+            return [_view(scores) for scores in model.score(mine)], costs
 
-        rows = self._store.get("scores", group, wanted)
+        rows = ranks.agree(lambda: self._store.get("scores", group, wanted))
         self._fill(
             "scores",
             group,
@@ -160,7 +159,10 @@ class Workbench:
             make,
             f"{'student' if student else 'teacher'} scores",
         )
-        found = {k: Scores(tuple(r["logprobs"]), tuple(r["entropies"])) for k, r in rows.items()}
+        found = {
+            k: Scores(tuple(r["logprobs"]), tuple(r["entropies"]), _error(r))
+            for k, r in rows.items()
+        }
         return [found.get(key) for key in keys]
 
     def rewards(
@@ -181,15 +183,15 @@ class Workbench:
         order = sorted(wanted, key=lambda key: (sum(map(len, wanted[key])), key))
         blocks = [order[i : i + REWARDED] for i in range(0, len(order), REWARDED)]
 
-        def make(block: int) -> list[dict[str, Any]]:
+        def make(block: int, known: Collection[str]) -> Made:
             mine = blocks[block]
-            self._ledger.spend("verifier_calls", len(mine))
-            self._ledger.spend("flops", sum(flops[key] for key in mine))
-            return [{"reward": value} for value in model.reward([wanted[key] for key in mine])]
+            costs = {"verifier_calls": len(mine), "flops": sum(flops[key] for key in mine)}
+            given = model.reward([wanted[key] for key in mine])
+            return [{"reward": value} for value in given], costs
 
-        rows = self._store.get("rewards", group, wanted)
+        rows = ranks.agree(lambda: self._store.get("rewards", group, wanted))
         self._fill("rewards", group, rows, blocks, set(wanted), make, "rewards")
-        if unread := getattr(model, "unread", 0):
+        if unread := sum(ranks.gather(getattr(model, "unread", 0))):
             self.note(f"{model.name}: answers that were neither yes nor no", unread)
         return [rows[key]["reward"] for key in keys]
 
@@ -287,10 +289,11 @@ class Workbench:
         column: str,
     ) -> dict[str, dict[str, Any]]:
         """Rows of all keys; what is missing is sampled block by block, each by one process."""
-        rows = self._store.get("samples", group, [key for mine in keys for key in mine])
+        needed = {key for mine in keys for key in mine}
+        rows = ranks.agree(lambda: self._store.get("samples", group, needed))
         plan = getattr(model, "plan", None)
         if plan is None:  # a model that replays
-            traces = model.generate(requests, settings)
+            traces = ranks.agree(lambda: model.generate(requests, settings))
             return {
                 key: _row(trace)
                 for mine, group_ in zip(keys, traces, strict=True)
@@ -301,12 +304,18 @@ class Workbench:
         starts = [mine[0].rpartition("-")[0] for mine in keys]
         wanted = [[f"{starts[place]}-{sample}" for place, sample in b.pairs] for b in blocks]
 
-        def make(block: int) -> list[dict[str, Any]]:
-            traces = model.generate_block(blocks[block])  # type: ignore[attr-defined]
-            self._spend(column, model, traces, blocks[block].requests)
-            return [_row(trace) for trace in traces]
+        def make(block: int, known: Collection[str]) -> Made:
+            mine = wanted[block]
+            made, failure = write_block(model, blocks[block], mine, known)
+            asked = blocks[block].requests
+            costs = self._costs(column, model, [*made.values()], asked, failure is not None)
+            found = {key: _row(trace) for key, trace in made.items()}
+            if failure is not None:
+                self._spend(costs)
+                self._store.put("samples", group, found)
+                raise failure
+            return [found.get(key) for key in mine], costs
 
-        needed = {key for mine in keys for key in mine}
         phase = f"{column.split('_')[0]} samples"
         self._fill("samples", group, rows, wanted, needed, make, phase)
         return rows
@@ -318,12 +327,19 @@ class Workbench:
         rows: dict[str, dict[str, Any]],
         blocks: Sequence[Sequence[str]],
         needed: set[str],
-        make: Callable[[int], Sequence[dict[str, Any]]],
+        make: Callable[[int, Collection[str]], Made],
         phase: str,
     ) -> None:
-        """Make the blocks of keys that lack a needed row, each by one process, and keep them."""
+        """Make the blocks of keys that lack a needed row, each by one process, and keep them.
+
+        `make` is told which keys are known, and may leave those out (None). Every rank does its part of the blocks, and all get
+        all rows and costs.
+        """
         lacking = needed.difference(rows)
         missing = [b for b, mine in enumerate(blocks) if not lacking.isdisjoint(mine)]
+        missing = missing[ranks.rank() :: ranks.world()]
+        found: dict[str, dict[str, Any]] = {}
+        paid: list[Mapping[str, float]] = []
         for wait in (False, True):  # first what nobody is at, then wait for the others
             for b in list(missing):
                 self._report(phase, len(blocks) - len(missing), len(blocks))
@@ -333,26 +349,62 @@ class Workbench:
                         continue
                     new = self._store.get(kind, group, mine)
                     if len(new) < len(set(mine)):
-                        made = {k: r for k, r in zip(mine, make(b), strict=True) if k not in new}
+                        fresh, costs = make(b, new)
+                        self._spend(costs)
+                        paid.append(costs)
+                        pairs = zip(mine, fresh, strict=True)
+                        made = {k: r for k, r in pairs if r is not None and k not in new}
                         self._store.put(kind, group, made)
                         new = {**made, **new}
-                rows.update(new)
+                found.update(new)
                 missing.remove(b)
+        for rank, (theirs, costly) in enumerate(ranks.gather((found, paid))):
+            rows.update(theirs)
+            for costs in costly if rank != ranks.rank() else ():
+                self._spend(costs)
         if blocks:
             self._report(phase, len(blocks), len(blocks))
 
-    def _spend(
+    def _written(
+        self, model: LanguageModel, requests: Sequence[Request], settings: Sampling
+    ) -> list[list[Trace]]:
+        """Fresh traces: each block is written by one rank, and all get the same ones, at ties too."""
+        plan = getattr(model, "plan", None)
+        if ranks.world() == 1 or plan is None:
+            return ranks.agree(lambda: model.generate(requests, settings))
+        blocks = plan(requests, settings)
+        written = ranks.shared(len(blocks), lambda b: model.generate_block(blocks[b]))  # type: ignore[attr-defined]
+        traces: list[list[Trace]] = [[] for _ in requests]
+        for block, made in zip(blocks, written, strict=True):
+            for (place, sample), trace in zip(block.pairs, made, strict=True):
+                if sample < settings.n:
+                    traces[place].append(trace)
+        return traces
+
+    def _costs(
         self,
         column: str,
         model: LanguageModel,
         traces: Sequence[Trace],
         requests: Sequence[Request],
-    ) -> None:
-        tokens = sum(len(trace.tokens) - trace.prefix for trace in traces)
+        failed: bool = False,
+    ) -> dict[str, float]:
+        tokens = sum(map(written_tokens, traces))
         read = sum(_given(model, request) for request in requests)
         parameters = getattr(model, "num_parameters", 0)
-        self._ledger.spend(column, tokens)
-        self._ledger.spend("flops", forward_flops(parameters, tokens + read))
+        costs: dict[str, float] = {}
+        served = [trace.usage for trace in traces if trace.usage is not None]
+        if served or failed:  # a server: replies that were paid for and could not be used count too
+            served.append(model.take_lost())  # type: ignore[attr-defined]
+            tokens += served[-1][1]
+        for usage in served:
+            for quantity, amount in bill(model, usage).items():
+                costs[quantity] = costs.get(quantity, 0.0) + amount
+        return {**costs, column: tokens, "flops": forward_flops(parameters, tokens + read)}
+
+    def _spend(self, costs: Mapping[str, float]) -> None:
+        for quantity, amount in costs.items():
+            self._ledger.spend(quantity, amount)
 
     def _charged(
         self,
@@ -375,8 +427,11 @@ class Workbench:
                 key = None if keys is None else keys[position][index]
                 if self._beyond(column, key):
                     break
-                tokens = len(trace.tokens) - trace.prefix
+                tokens = written_tokens(trace)
                 self._ledger.charge(column, tokens, key, purpose)
+                if trace.usage is not None:
+                    for quantity, amount in bill(model, trace.usage).items():
+                        self._ledger.charge(quantity, amount, key, purpose)
                 self._ledger.charge("flops", forward_flops(parameters, tokens), key)
                 if not allowed[-1]:
                     read = forward_flops(parameters, _given(model, requests[position]))
@@ -401,8 +456,18 @@ class Workbench:
         self, items: Sequence[tuple[Problem, str, bool]], opened: bool = False
     ) -> list[Verdict]:
         """Verdicts from the store, or fresh ones; costly verifiers only are stored."""
-        group = {"versions": self._versions, "opened": opened}
         keys = [digest([p.source, p.id, p.answer, p.tests, text, done]) for p, text, done in items]
+        rows, calls = ranks.agree(lambda: self._judged(items, keys, opened))
+        for key in keys:
+            self._ledger.charge("verifier_calls", 1, key)
+        self._ledger.spend("verifier_calls", calls)
+        return [Verdict(rows[key]["status"], rows[key]["extracted"]) for key in keys]
+
+    def _judged(
+        self, items: Sequence[tuple[Problem, str, bool]], keys: Sequence[str], opened: bool
+    ) -> tuple[dict[str, dict[str, Any]], int]:
+        """Verdicts by key, and how many are new. One rank finds them: a timeout need not strike on another."""
+        group = {"versions": self._versions, "opened": opened}
         known = self._store.get("verdicts", group, keys) if _costly(items) else {}
         todo = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
         fresh = verifiers.verify_many(list(todo.values()), opened=opened)
@@ -414,11 +479,7 @@ class Workbench:
             # A timeout or a dead worker says something of the machine: it is not kept.
             lasting = {k: v for k, v in made.items() if v["status"] in ("ok", "wrong", "unparsed")}
             self._store.put("verdicts", group, lasting)
-        for key in keys:
-            self._ledger.charge("verifier_calls", 1, key)
-        self._ledger.spend("verifier_calls", len(todo))
-        rows = {**known, **made}
-        return [Verdict(rows[key]["status"], rows[key]["extracted"]) for key in keys]
+        return {**known, **made}, len(todo)
 
     @cached_property
     def _versions(self) -> Mapping[str, str]:
@@ -472,6 +533,35 @@ def sample_keys(model: LanguageModel, request: Request, n: int) -> list[str]:
     return [f"{start}-{index}" for index in range(n)]
 
 
+def write_block(
+    model: Any, block: Any, keys: Sequence[str], known: Collection[str]
+) -> tuple[dict[str, Trace], Exception | None]:
+    """A block's traces by key, and what ended it early. Where samples do not depend on each other, known ones are not drawn again."""
+    if not block.apart:
+        return dict(zip(keys, model.generate_block(block), strict=True)), None
+    names = dict(zip(block.pairs, keys, strict=True))
+    skip = {pair for pair, key in names.items() if key in known}
+    try:
+        traces = model.generate_block(block, skip)
+    except ConnectionError as failure:
+        kept: dict[Any, Trace] = getattr(failure, "traces", {})
+        return {names[pair]: trace for pair, trace in kept.items()}, failure
+    todo = [key for pair, key in names.items() if pair not in skip]
+    return dict(zip(todo, traces, strict=True)), None
+
+
+def written_tokens(trace: Trace) -> int:
+    """Tokens that were written for a trace: by the server's count, which knows of reasoning that is not shown, or its own."""
+    return len(trace.tokens) - trace.prefix if trace.usage is None else trace.usage[1]
+
+
+def bill(model: Any, usage: tuple[int, int]) -> dict[str, float]:
+    """What a server's (prompt, written) tokens add to the ledger besides: each sample is a request and pays for its prompt."""
+    price = getattr(model, "price", {})
+    money = usage[0] * price.get("input", 0.0) + usage[1] * price.get("output", 0.0)
+    return {"teacher_read": usage[0], "cost": money / 1e6}
+
+
 def _given(model: LanguageModel, request: Request) -> int:
     """Tokens that a model reads before it writes."""
     return len(request.encoded(model)) + len(request.prefix)
@@ -484,7 +574,26 @@ def _row(trace: Trace) -> dict[str, Any]:
         "finished": trace.finished,
         "logprobs": None if trace.logprobs is None else list(trace.logprobs),
         "entropies": None if trace.entropies is None else list(trace.entropies),
+        **_bounded(trace),
+        **({} if trace.usage is None else {"usage": list(trace.usage)}),
     }
+
+
+def _view(scores: Scores) -> dict[str, Any]:
+    return {
+        "logprobs": list(scores.logprobs),
+        "entropies": list(scores.entropies),
+        **_bounded(scores),
+    }
+
+
+def _bounded(seen: Trace | Scores) -> dict[str, list[float]]:
+    """Exact entropies say nothing, so rows are what they were before there were others."""
+    return {} if seen.entropy_error is None else {"entropy_error": list(seen.entropy_error)}
+
+
+def _error(row: Mapping[str, Any]) -> tuple[float, ...] | None:
+    return None if row.get("entropy_error") is None else tuple(row["entropy_error"])
 
 
 def _trace(model: LanguageModel, request: Request, row: Mapping[str, Any], index: int) -> Trace:
@@ -498,6 +607,8 @@ def _trace(model: LanguageModel, request: Request, row: Mapping[str, Any], index
         author=model.identity,
         logprobs=None if row["logprobs"] is None else tuple(row["logprobs"]),
         entropies=None if row["entropies"] is None else tuple(row["entropies"]),
+        entropy_error=_error(row),
+        usage=None if row.get("usage") is None else tuple(row["usage"]),
     )
 
 

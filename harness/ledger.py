@@ -24,13 +24,19 @@ QUANTITIES = (
     "steps",
     "seconds",
     "flops",
+    "teacher_read",  # prompt tokens, of a teacher behind a server
+    "cost",  # money that servers are paid, in the unit of their prices
 )
 _MARK = 12  # bytes kept of each key: among a million, two are alike with odds of 1e-17
 
 
-def training_flops(parameters: int, tokens: float) -> float:
-    """6 N D: forward and backward   (Kaplan et al. 2020, arXiv:2001.08361, section 2.1; N without embeddings)"""
-    return 6.0 * parameters * tokens
+def training_flops(parameters: int, tokens: float, trained: int | None = None) -> float:
+    """6 N D: forward and backward   (Kaplan et al. 2020, arXiv:2001.08361, section 2.1; N without embeddings)
+
+    4 N D + 2 n D where n of the N are trained: frozen weights pass gradients on and need none (Hu et al. 2021, arXiv:2106.09685,
+    section 4.2). What gradient checkpointing computes again is not counted.
+    """
+    return (4.0 * parameters + 2.0 * (parameters if trained is None else trained)) * tokens
 
 
 def forward_flops(parameters: int, tokens: float) -> float:

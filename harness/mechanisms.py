@@ -55,7 +55,7 @@ def scorecard(
     for job in jobs:
         cell.recorded(job, setting)  # refuses to stand beside a comparison of another configuration
     torch.set_num_threads(setting.threads or max(1, (os.cpu_count() or 1) // setting.workers))
-    student = cell.student_model(setting.student).freeze()
+    student = cell.student_model(cell.plain(setting.student)).freeze()
     card: dict[str, Any] = {"arms": {}}
     with Display(len(jobs)) if not quiet else Silent() as display:
         for job in jobs:

@@ -93,7 +93,7 @@ def measure(
     prepare(setting, folder)
     torch.set_num_threads(setting.threads or os.cpu_count() or 1)
     job = Job(setting.model_dump(mode="json"), "snr", 0, setting.data_seeds[0], folder, store)
-    student, ledger = cell.student_model(setting.student), Ledger()
+    student, ledger = cell.student_model(cell.plain(setting.student)), Ledger()
     student.model.eval()
     losses: dict[str, Any] = {}
     longest = setting.training.max_length
@@ -123,6 +123,7 @@ def measure(
                 path = folder / "snr" / f"{key}.npz"
                 charge(ledger, student, lab.teacher, examples, fresh=not path.is_file())
                 if not path.is_file():
+                    student.rest()  # it has written
                     phase = f"bin {index}, {objective.name}"
                     made = gradients(
                         student, lab.teacher, examples, objective, project, progress, phase

@@ -181,10 +181,11 @@ class _Run:
 
         if cell.recorded(job, setting):
             ledger.load(json.loads(job.run_file.read_text(encoding="utf-8"))["ledger"])
-            student = cell.student_model(str(job.model_folder))
+            student = cell.student_model(setting.student, saved=job.model_folder)
         else:
-            student = cell.student_model(setting.student)
-            cell.train(job, setting, student, self.store, heard, ledger=ledger, watch=watch)
+            fresh = cell.student_model(setting.student, seed)
+            # To the bit what a trial that is taken up again finds.
+            student = cell.train(job, setting, fresh, self.store, heard, ledger=ledger, watch=watch)
         student.freeze()
         self._look(student, seed, 1.0)
 

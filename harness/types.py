@@ -106,6 +106,8 @@ class Trace:
     author: str = ""  # identity of the weights that wrote it
     logprobs: tuple[float, ...] | None = None  # of each written token at temperature 1, nats
     entropies: tuple[float, ...] | None = None  # of the full next-token distribution there, nats
+    entropy_error: tuple[float, ...] | None = None  # how far these may be off; None: they are exact
+    usage: tuple[int, int] | None = None  # (prompt, written) tokens, where a server counted them
     verdict: Verdict | None = None
 
     @property
@@ -123,6 +125,7 @@ class Scores:
 
     logprobs: tuple[float, ...]  # [L], nats
     entropies: tuple[float, ...]  # [L], nats, full vocabulary
+    entropy_error: tuple[float, ...] | None = None  # [L], how far these may be off; None: exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,9 @@ class Batch:
     ids: Tensor  # [B, T]
     mask: Tensor  # [B, T], 1 for real tokens
     index: Tensor  # [N], flat positions in B*T whose next token is a loss token
+    positions: Tensor | None = (
+        None  # [B, T], where several sequences lie in a row: 0, 1, … in each of them
+    )
 
 
 @dataclass(frozen=True, slots=True)

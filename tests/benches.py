@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -12,7 +13,7 @@ import pytest
 
 from benchmarks import CHECKPOINTS, PROBLEMS
 from harness import registry
-from harness.config import Budget, SamplingSettings, Training
+from harness.config import Adapter, Budget, SamplingSettings, Training
 from harness.lab import Workbench
 from harness.ledger import Ledger
 from harness.models.hf import HFModel
@@ -53,8 +54,9 @@ def problems(n: int = 24, hard: bool = False) -> tuple[Problem, ...]:
     return tuple(PROBLEMS["micro_math"].load("train", n, levels=levels, families=("reduce",)))
 
 
-def model(name: str) -> HFModel:
-    return HFModel.load(CHECKPOINTS[f"micro/{name}"], device="cpu", name=f"micro/{name}")
+def model(name: str, adapter: Adapter | None = None, seed: int = 0) -> HFModel:
+    path = CHECKPOINTS[f"micro/{name}"]
+    return HFModel.load(path, device="cpu", name=f"micro/{name}", adapter=adapter, seed=seed)
 
 
 @cache
@@ -111,9 +113,10 @@ class Run:
         teacher: Any = None,
         checkpoint: Path | None = None,
         cut_after: int | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.method: Method = registry.build(name, TINY.get(name, {}) if fields is None else fields)
-        self.student, self.ledger = model("student"), Ledger(caps)
+        self.student, self.ledger = model("student", adapter, seed), Ledger(caps)
         needs = [
             need.partition(".")[2] for need in self.method.required() if need.startswith("teacher.")
         ]
@@ -130,7 +133,10 @@ class Run:
         )
         self.lab = Workbench(
             self.student,
-            {"base": lambda: model("student").freeze(), "teacher": lambda: self.teacher},
+            {
+                "base": lambda: self.student.base() if adapter else model("student").freeze(),
+                "teacher": lambda: self.teacher,
+            },
             items or problems(hard=name in HARD),
             Store(store or shared_store()),
             self.ledger,
@@ -203,3 +209,24 @@ def listen(lab: Workbench, monkeypatch: pytest.MonkeyPatch) -> list[Sampling]:
 
 def answer(text: str, think: str = "1") -> str:
     return f"<think>\n{think}\n</think>\n{text}"
+
+
+FULL = ("qwen3-math", "qwen3-code", "paced-paper", "heal-paper", "vcrd-paper")
+
+# Qwen3-1.7B and Qwen3-8B as published
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8,
+    "max_position_embeddings": 40960, "vocab_size": 151936,
+}  # fmt: skip
+SMALL = {**QWEN3, "hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16,
+         "intermediate_size": 6144, "tie_word_embeddings": True}  # fmt: skip
+LARGE = {**QWEN3, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+         "intermediate_size": 12288, "tie_word_embeddings": False}  # fmt: skip
+
+
+def without_weights(place: Path, **changes: Any) -> tuple[str, str]:
+    """Folders of a student and a teacher of that size that hold their configurations alone; changes are of the teacher's."""
+    for name, told in (("student", SMALL), ("teacher", {**LARGE, **changes})):
+        (place / name).mkdir()
+        (place / name / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    return str(place / "student"), str(place / "teacher")

@@ -35,4 +35,6 @@ def pytest_report_collectionfinish(items: list[pytest.Item]) -> str:
     real = sum("real_data" in item.nodeid for item in items)
     where = os.environ.get("RETORT_DATA", "not set")
     inside = f"sandbox: {sandbox.kind()}"
-    return f"{real} tests on real benchmark data (RETORT_DATA: {where}); {inside}"
+    vllm = sum("test_vllm" in item.nodeid for item in items)
+    engine = f"{vllm} tests of vLLM (RETORT_VLLM: {os.environ.get('RETORT_VLLM') or 'not set'})"
+    return f"{real} tests on real benchmark data (RETORT_DATA: {where}); {engine}; {inside}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness import problems, registry
-from harness.config import parse
+from harness.config import Adapter, parse
 from harness.store import digest
 from harness.types import OnPolicy
 from tests.benches import TINY, Cut, Run, model, shared_store
@@ -92,6 +92,16 @@ def test_a_run_that_was_cut_ends_in_the_same_student(run: Run, steps: int, tmp_p
     for quantity in ("teacher_generated", "teacher_scored", "trained", "steps"):
         assert again.ledger.charged[quantity] == run.ledger.charged[quantity]
     assert again.ledger.purposes == run.ledger.purposes
+
+
+def test_it_trains_an_adapter_alone(run: Run) -> None:
+    """With the student's own weights off the optimizer's hands, and as the base that the method may ask for."""
+    other = Run(run.method.name, adapter=Adapter(r=4))
+    assert len(other.losses) == 4 and all(map(math.isfinite, other.losses))
+    assert other.student.base_identity == model("student").identity != other.student.identity
+    assert other.losses[0] == pytest.approx(
+        run.losses[0], rel=1e-4
+    )  # it begins as the student does
 
 
 def test_its_config_survives_json_and_says_what_each_field_means(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,12 @@ class Collated(NamedTuple):
     def to(self, device: torch.device | str) -> Collated:
         batch, tokens = self.batch, self.tokens
         return Collated(
-            Batch(batch.ids.to(device), batch.mask.to(device), batch.index.to(device)),
+            Batch(
+                batch.ids.to(device),
+                batch.mask.to(device),
+                batch.index.to(device),
+                None if batch.positions is None else batch.positions.to(device),
+            ),
             Tokens(
                 tokens.targets.to(device),
                 tokens.weights.to(device),
@@ -40,25 +46,32 @@ def collate(
     multiple: int = MULTIPLE,
     *,
     teacher: bool = False,
+    packed: bool = False,
     progress: float = 0.0,
 ) -> Collated:
     """Pad on the right; `index` points at the positions that predict the loss tokens, row by row, in order.
 
-    With `teacher` the prompts are the teacher's: other positions, the same loss tokens in the same order.
+    With `teacher` the prompts are the teacher's: other positions, the same loss tokens in the same order. `packed` lays all
+    end to end in one row, without padding.
     """
     prompts = [prompt(example, teacher) for example in examples]
     kept = [loss_positions(example) for example in examples]
     for example, start in zip(examples, prompts, strict=True):
         check(example, start)
     names = scalar_names(examples)
-    width = padded(
-        max(len(p) + len(e.response) for p, e in zip(prompts, examples, strict=True)), multiple
-    )
-    batch = right_padded(
-        [(*p, *e.response) for p, e in zip(prompts, examples, strict=True)], pad, width
-    )
+    sequences = [(*p, *e.response) for p, e in zip(prompts, examples, strict=True)]
+    lengths = [len(sequence) for sequence in sequences]
+    positions = None
+    if packed:
+        starts = [0, *accumulate(lengths)]
+        ids, mask = right_padded([tuple(chain(*sequences))], pad, starts[-1])
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    else:
+        width = padded(max(lengths), multiple)
+        starts = [row * width for row in range(len(lengths))]
+        ids, mask = right_padded(sequences, pad, width)
     index = [
-        row * width + len(prompts[row]) + t - 1 for row, places in enumerate(kept) for t in places
+        starts[row] + len(prompts[row]) + t - 1 for row, places in enumerate(kept) for t in places
     ]
     targets = [e.response[t] for e, places in zip(examples, kept, strict=True) for t in places]
     weights = [
@@ -75,7 +88,7 @@ def collate(
     }
     sequence = [row for row, places in enumerate(kept) for _ in places]
     return Collated(
-        Batch(*batch, torch.tensor(index, dtype=torch.long)),
+        Batch(ids, mask, torch.tensor(index, dtype=torch.long), positions),
         Tokens(
             torch.tensor(targets, dtype=torch.long),
             torch.tensor(weights, dtype=torch.float32),

@@ -5,7 +5,7 @@ Legend: B samples of a block, k rows of the batch (those that still write), T po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.models.cache import new_cache
+from harness.models.codec import Codec
 from harness.models.noise import choose, sample_seed
 from harness.types import Request, Sampling, Trace
 
@@ -37,6 +38,9 @@ class Block:
     samples: range  # sample indices; the last may lie beyond n
     sampling: Sampling
     width: int
+    apart: bool = (
+        False  # its samples do not depend on each other: known ones need no second drawing
+    )
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -82,14 +86,7 @@ class Writer:
         request = self.block.requests[row]
         given = len(self.prompts[row]) + len(request.prefix)
         most = getattr(self.lm.model.config, "max_position_embeddings", None)
-        if most is None:
-            return self.sampling.max_new_tokens
-        if given >= most:
-            raise ValueError(
-                f"problem {request.problem.id!r}: prompt and prefix have {given} tokens and {self.lm.name} has "
-                f"{most} positions; shorten the prompt or drop the problem"
-            )
-        return min(self.sampling.max_new_tokens, most - given)
+        return room(request, given, most, self.sampling, self.lm.name)
 
     def run(self) -> list[Trace]:
         rows = (~self.finished & (self.limits > 0)).nonzero()[:, 0]
@@ -172,13 +169,11 @@ class Writer:
         if not any(stop in tail for stop in self.sampling.stop):
             return False
         prefix = self.block.requests[int(self.owners[row])].prefix
-        given = len(self.lm.decode(prefix))
-        text = self.lm.decode((*prefix, *self.tokens[row, : step + 1].tolist()))
-        found = [text.find(stop, given) for stop in self.sampling.stop]
-        cuts = [place for place in found if place >= 0]
-        if cuts:
-            self.texts[row] = text[: min(cuts)]
-        return bool(cuts)
+        written = self.tokens[row, : step + 1].tolist()
+        text = before_stop(self.lm, prefix, written, self.sampling.stop)
+        if text is not None:
+            self.texts[row] = text
+        return text is not None
 
     def _traces(self) -> list[Trace]:
         author = self.lm.version or self.lm.identity
@@ -207,6 +202,28 @@ class Writer:
                 )
             )
         return traces
+
+
+def room(request: Request, given: int, most: int | None, sampling: Sampling, name: str) -> int:
+    """How many tokens a request may get behind those `given`, of a model with `most` positions."""
+    if most is None:
+        return sampling.max_new_tokens
+    if given >= most:
+        raise ValueError(
+            f"problem {request.problem.id!r}: prompt and prefix have {given} tokens and {name} has "
+            f"{most} positions; shorten the prompt or drop the problem"
+        )
+    return min(sampling.max_new_tokens, most - given)
+
+
+def before_stop(
+    codec: Codec, prefix: Sequence[int], written: Sequence[int], stop: Sequence[str]
+) -> str | None:
+    """The response's text before the first stop string in what was written, or None if there is none."""
+    given = len(codec.decode(prefix))
+    text = codec.decode((*prefix, *written))
+    cuts = [place for each in stop if (place := text.find(each, given)) >= 0]
+    return text[: min(cuts)] if cuts else None
 
 
 def sample_ranges(n: int, most: int) -> Iterator[range]:

@@ -12,15 +12,17 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from harness.config import Adapter
+from harness.models import adapters
 from harness.models.collate import padded, right_padded
 from harness.models.decoding import (
     Block,
@@ -32,18 +34,21 @@ from harness.models.decoding import (
     positions,
     sample_ranges,
 )
-from harness.models.identity import digest, identity
+from harness.models.identity import adapted, digest, identity
+from harness.models.text import Text
 from harness.types import Batch, Capability, Ids, Request, Sampling, Scores, Trace
+
+if TYPE_CHECKING:
+    from harness.models.vllm import StudentEngine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = 512  # most rows of a generation block
 CACHE_BYTES = 8 << 30  # most memory of a block's key-value cache
 SCORED_TOKENS = 16384  # tokens of a scoring batch, padding included
 LOGITS = 1 << 24  # logits in memory at once when scoring
-ENCODED = 1 << 14  # rendered prompts that are kept
 
 
-class HFModel:
+class HFModel(Text):
     """A Transformers model and its tokenizer as a `LanguageModel`."""
 
     capabilities: frozenset[Capability] = frozenset(("generate", "score", "logits"))
@@ -56,29 +61,30 @@ class HFModel:
         name: str | None = None,
         rows: int = ROWS,
         cache_bytes: int = CACHE_BYTES,
+        adapter: Adapter | None = None,
+        attention: str | None = None,
     ) -> None:
+        name = name or model.config.name_or_path or type(model).__name__
+        super().__init__(tokenizer, name, end_tokens(model, tokenizer, name))
         self.model = model
-        self.tokenizer = tokenizer
-        self.name = name or model.config.name_or_path or type(model).__name__
+        self.adapter = adapter  # in the model already
+        self.attention = attention  # where it is not the one that Transformers chooses
+        self.kept: adapters.Files | None = None  # an adapter that was merged
         self.rows = rows
         self.cache_bytes = cache_bytes
-        ids = tokenizer.get_vocab()
-        self.vocabulary = max(len(tokenizer), 1 + max(ids.values()))
-        self.vocabulary_digest = digest(sorted(ids.items()))
-        self.eos = end_tokens(model, tokenizer, self.name)
-        self.end = tokenizer.eos_token_id if tokenizer.eos_token_id in self.eos else min(self.eos)
-        self.pad = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if len(self._head().weight) < self.vocabulary:
             raise ValueError(
                 f"{self.name}: the head has {len(self._head().weight)} rows, fewer than the {self.vocabulary} tokens "
                 "of the tokenizer; call model.resize_token_embeddings, or use the tokenizer it was trained with"
             )
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
-        self._encoded: dict[tuple[str, str | None], Ids] = {}
         self._identity: tuple[int, str] | None = None
+        self._base_identity: str | None = None
         # Set while the weights change with every step: what traces carry, so that not all weights are hashed each time.
         self.version: str | None = None
-        self._head_checked = False
+        # What writes in its place; it scores and trains itself.
+        self.engine: StudentEngine | None = None
+        self._head_checked = self._packing_checked = False
 
     @classmethod
     def load(
@@ -88,75 +94,92 @@ class HFModel:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         name: str | None = None,
+        adapter: Adapter | None = None,
+        seed: int = 0,
+        attn_implementation: str | None = None,
+        quantize: str | None = None,
+        offload: bool = False,
         **options: Any,
     ) -> HFModel:
-        """A folder or a Hub id; fp32 on a CPU and bf16 on a GPU unless told."""
-        device, dtype = placement(device, dtype)
+        """A folder or a Hub id; fp32 on a CPU and bf16 on a GPU unless told. An adapter is drawn from the seed."""
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        return cls(model.to(device).eval(), tokenizer, name=name or str(path), **options)
+        model = pretrained(
+            AutoModelForCausalLM,
+            path,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantize=quantize,
+            offload=offload,
+        )
+        if adapter is not None:
+            adapters.attach(model, adapter, seed)
+        return cls(
+            model.eval(),
+            tokenizer,
+            name=name or str(path),
+            adapter=adapter,
+            attention=attn_implementation,
+            **options,
+        )
 
     # What it is
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        places = (p.device for p in self.model.parameters() if not p.is_meta)
+        return next(places, torch.device("cpu"))  # a weight that is offloaded is nowhere
 
     @property
     def num_parameters(self) -> int:
         """Weights, embeddings included once."""
-        return sum(p.numel() for p in self.model.parameters())
+        return num_parameters(self.model)
+
+    @property
+    def num_trained(self) -> int:
+        """Weights that training changes."""
+        if self.adapter is None:
+            return self.num_parameters
+        return sum(tensor.numel() for tensor in self.weights().values())
 
     @property
     def identity(self) -> str:
-        """Digest of weights, configuration, tokenizer, template, dtype and engine."""
+        """Digest of weights, configuration, tokenizer, template, dtype and engine; an adapter counts from its first update on."""
         stamp = sum(p._version for p in self.model.parameters())  # grows with every update in place
         if self._identity is None or self._identity[0] != stamp:
-            self._identity = (stamp, identity(self.model, self.tokenizer, self.eos))
-        return self._identity[1]
+            self._identity = (stamp, self._digest())
+        return self._by_engine(self._identity[1])
+
+    def _by_engine(self, own: str) -> str:
+        """Samples that an engine wrote are of another identity than its own."""
+        return own if self.engine is None else digest([own, self.engine.identity])
+
+    def _digest(self) -> str:
+        if self.adapter is None:
+            return self._identity_of(None)
+        if adapters.untouched(self.model):
+            return self.base_identity
+        return adapted(self.base_identity, self.adapter.model_dump(), self.weights())
+
+    def _identity_of(self, state: Mapping[str, Tensor] | None) -> str:
+        options = {} if self.attention is None else {"attention": self.attention}
+        return identity(self.model, self.tokenizer, self.eos, state, options)
+
+    @property
+    def base_identity(self) -> str:
+        """The identity of the weights under the adapter, which are frozen and hashed once."""
+        if self._base_identity is None:
+            self._base_identity = self._identity_of(adapters.base_state(self.model))
+        return self._base_identity
 
     def touch(self) -> None:
         """Forget the identity: the weights changed."""
         self._identity = None
 
-    # Text and tokens
-
-    def encode(self, prompt: str, system: str | None = None) -> Ids:
-        """A user turn through the chat template, with the opening of the answer; before it a system turn, if there is one."""
-        known = self._encoded.get((prompt, system))
-        if known is None:
-            if not self.tokenizer.chat_template:
-                raise ValueError(
-                    f"{self.name}: its tokenizer has no chat template, so prompts cannot be rendered; "
-                    "use an instruct model, or put a chat_template.jinja into its folder"
-                )
-            turn = [{"role": "user", "content": prompt}]
-            if system is not None:
-                turn.insert(0, {"role": "system", "content": system})
-            known = tuple(
-                self.tokenizer.apply_chat_template(
-                    turn, add_generation_prompt=True, return_dict=False
-                )
-            )
-            if len(self._encoded) >= ENCODED:
-                self._encoded.clear()
-            self._encoded[prompt, system] = known
-        return known
-
-    def raw(self, text: str) -> Ids:
-        """Text to continue, behind the token with which the tokenizer begins a text, if it has one."""
-        return tuple(self.tokenizer(text)["input_ids"])
-
-    def tokenize(self, text: str, *, end: bool = True) -> Ids:
-        """A response's tokens, no template around them; with the end-of-turn token unless it stands there."""
-        ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return (*ids, self.end) if end and ids[-1:] != (self.end,) else ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def _evaluating(self) -> AbstractContextManager[None]:
+        """How the model is while it writes and scores."""
+        return evaluating(self.model)
 
     # Writing
 
@@ -182,6 +205,8 @@ class HFModel:
 
         Sample indices fall into 0, 1, 2-3, 4-7, … doubling until a block is full, so an `n` between computes up to the next.
         """
+        if self.engine is not None:
+            return self.engine.plan(requests, sampling)
         groups: dict[int, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             groups[padded(len(request.encoded(self)) + len(request.prefix))].append(place)
@@ -208,8 +233,19 @@ class HFModel:
     @torch.no_grad()
     def generate_block(self, block: Block, *, progress: Progress | None = None) -> list[Trace]:
         """The traces of `block.pairs`."""
-        with evaluating(self.model):
+        if self.engine is not None:
+            return self.engine.write(self, block, progress)
+        with self._evaluating():
             return Writer(self, block, progress or (lambda finished: None)).run()
+
+    def recompute(self) -> None:
+        """Keep no activations inside a layer in train mode; it writes in eval mode, with its cache."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def rest(self) -> None:
+        """Hand back the memory of what writes in its place, before training."""
+        if self.engine is not None:
+            self.engine.rest()
 
     # Scoring
 
@@ -221,7 +257,7 @@ class HFModel:
         scores: dict[int, Scores] = {}
         widths = [padded(len(prompt) + len(response)) for prompt, response in pairs]
         order = sorted(range(len(pairs)), key=lambda place: (widths[place], place))
-        with evaluating(self.model):
+        with self._evaluating():
             while order:
                 width = widths[order[0]]
                 most = max(1, SCORED_TOKENS // width)
@@ -265,12 +301,18 @@ class HFModel:
     def hidden(self, batch: Batch) -> Tensor:
         """What the head turns into logits, at `batch.index`: [N, H], with gradients unless frozen."""
         self._check_head()
-        states = self._states(batch.ids, batch.mask)
+        if batch.positions is not None:
+            self._check_packing()
+        states = self._states(batch.ids, batch.mask, batch.positions)
         return states.reshape(-1, states.shape[-1])[batch.index]
 
-    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def _states(self, ids: Tensor, mask: Tensor, packed: Tensor | None = None) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": ids}
-        if bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        if packed is not None:
+            # Without a mask, Transformers keeps apart the sequences that the positions tell: by a mask of blocks, or
+            # by the kernels of FlashAttention for sequences of several lengths.
+            inputs["position_ids"] = packed
+        elif bool((mask[:, 1:] <= mask[:, :-1]).all()):
             # Nothing attends to padding on its right, so the plain causal kernel will do; positions that
             # stood still over the padding would be taken for packed sequences, and cost a mask.
             inputs["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -280,6 +322,8 @@ class HFModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [n, V], cut to the vocabulary."""
+        if self._head().weight.is_meta:  # offloaded: its module fetches it
+            return self._head()(hidden)[..., : self.vocabulary]
         return nn.functional.linear(hidden, self.head_weight, self.head_bias)
 
     @property
@@ -303,7 +347,7 @@ class HFModel:
         """Some architectures scale or cap logits after the head; refuse them rather than train on other numbers."""
         if self._head_checked:
             return
-        with evaluating(self.model):
+        with self._evaluating():
             ids = torch.arange(1, 5, device=self.device).remainder(self.vocabulary)[None]
             whole = self.model(input_ids=ids, use_cache=False).logits[0, :, : self.vocabulary]
             parts = self.head(self._states(ids, torch.ones_like(ids))[0])
@@ -314,7 +358,47 @@ class HFModel:
             )
         self._head_checked = True
 
+    @torch.no_grad()
+    def _check_packing(self) -> None:
+        """Refuse an architecture that lets packed sequences see each other, such as one with a recurrent state."""
+        if self._packing_checked:
+            return
+        ids = torch.arange(1, 25, device=self.device).remainder(self.vocabulary)[None]
+        positions = torch.arange(24, device=self.device).remainder(12)[None]
+        with self._evaluating():
+            packed = self._states(ids, torch.ones_like(ids), positions)[0, 12:]
+            alone = self._states(ids[:, 12:], torch.ones_like(ids[:, 12:]))[0]
+        if not torch.allclose(packed.float(), alone.float(), rtol=2e-2, atol=5e-2):
+            raise ValueError(
+                f"{self.name}: {type(self.model).__name__} does not keep packed sequences apart; set training.packing to false"
+            )
+        self._packing_checked = True
+
     # Weights
+
+    def weights(self) -> dict[str, Tensor]:
+        """What training changes, by name: the adapter's tensors, or all."""
+        state = self.model.state_dict()
+        return state if self.adapter is None else adapters.trained(state)
+
+    def writing_state(self) -> dict[str, Tensor]:
+        """The state of the plain model, the adapter merged in; the student stays as it is."""
+        return (
+            self.model.state_dict() if self.adapter is None else adapters.merged_state(self.model)
+        )
+
+    def merge(self) -> HFModel:
+        """Become the plain model with the adapter merged in, in fp32 and frozen; the adapter is kept to be saved beside."""
+        if self.adapter is not None:
+            self.kept = adapters.files(self.model)
+            adapters.unwrap(self.model, merge=True)
+            self.adapter = None
+            self.touch()
+        return self
+
+    def base(self) -> Base:
+        """The model under the adapter, without a copy of its weights."""
+        return Base(self)
 
     def freeze(self) -> HFModel:
         """No gradients from here on; returns itself."""
@@ -327,34 +411,118 @@ class HFModel:
         for parameter in model.parameters():
             parameter.grad = None
         twin = HFModel(
-            model, self.tokenizer, name=self.name, rows=self.rows, cache_bytes=self.cache_bytes
+            model,
+            self.tokenizer,
+            name=self.name,
+            rows=self.rows,
+            cache_bytes=self.cache_bytes,
+            adapter=self.adapter,
+            attention=self.attention,
         )
+        twin.engine = self.engine
         return twin.freeze()
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of the weights, on the CPU."""
-        return {
-            name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()
-        }
+        """A copy of the weights that training changes, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.weights().items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.model.load_state_dict(state)
+        if self.adapter is not None and state.keys() != self.weights().keys():
+            raise ValueError(f"{self.name}: these are not the weights of its adapter")
+        self.model.load_state_dict(state, strict=self.adapter is None)
         self.touch()
 
+    def save_weights(self, folder: Path) -> None:
+        """The weights that write, with their configuration, in the Transformers format."""
+        state = None if self.adapter is None else self.writing_state()
+        self.model.save_pretrained(folder, state_dict=state)
+
     def save(self, path: str | Path) -> Path:
-        """Write the Transformers format to `path`, all or nothing; what stood there is replaced."""
+        """Write the Transformers format to `path`, all or nothing; what stood there is replaced.
+
+        An adapter is merged in what is written, and written by itself to `path`/adapter.
+        """
+        if self.adapter is not None:
+            return self.clone().merge().save(path)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             with quiet():
-                self.model.save_pretrained(draft)
+                self.save_weights(draft)
                 self.tokenizer.save_pretrained(draft)
+            if self.kept is not None:
+                self.kept.write(draft / "adapter")
             draft.chmod(0o755)
             replace_folder(draft, path)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return path
+
+
+class Base(HFModel):
+    """The model under a student's adapter: the same weights with the adapter and dropout off, and no gradients."""
+
+    def __init__(self, student: HFModel) -> None:
+        super().__init__(
+            student.model,
+            student.tokenizer,
+            name=student.name,
+            rows=student.rows,
+            cache_bytes=student.cache_bytes,
+            attention=student.attention,
+        )
+        self.student, self.engine = student, student.engine
+
+    @property
+    def identity(self) -> str:
+        return self._by_engine(self.student.base_identity)
+
+    @property
+    def num_parameters(self) -> int:
+        return self.student.num_parameters - self.student.num_trained
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self._check_there()
+        with evaluating(self.model), adapters.off(self.model):
+            yield
+
+    def _check_there(self) -> None:
+        if self.student.adapter is None:
+            raise RuntimeError(
+                f"{self.name}: its adapter was merged, so the model under it is gone"
+            )
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        with self._evaluating():
+            return super().hidden(batch)
+
+    def freeze(self) -> HFModel:
+        """As it is: what has gradients is the student's."""
+        return self
+
+    def clone(self) -> HFModel:
+        """A plain model of its own."""
+        twin = super().clone()
+        adapters.unwrap(twin.model, merge=False)
+        return twin
+
+    def weights(self) -> dict[str, Tensor]:
+        self._check_there()
+        return adapters.base_state(self.model)
+
+    writing_state = weights
+
+    def save_weights(self, folder: Path) -> None:
+        self.model.save_pretrained(folder, state_dict=self.weights())
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        raise RuntimeError(f"{self.name}: the model under an adapter is frozen")
+
+    def save(self, path: str | Path) -> Path:
+        return self.clone().save(path)
 
 
 def end_tokens(model: Any, tokenizer: Any, name: str) -> frozenset[int]:
@@ -414,3 +582,48 @@ def placement(
             raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
     return device, dtype
+
+
+def pretrained(
+    auto: Any,
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    quantize: str | None = None,
+    offload: bool = False,
+) -> Any:
+    """A model of Transformers where and how it is to run; `auto` is the class that reads it."""
+    device, dtype = placement(device, dtype)
+    given: dict[str, Any] = {"dtype": dtype}
+    if attn_implementation is not None:
+        given["attn_implementation"] = attn_implementation
+    if quantize is not None:
+        given["quantization_config"] = quantization(quantize, dtype)
+    if quantize is not None or offload:  # Accelerate places it, and moves what is offloaded
+        given["device_map"] = "auto" if offload else {"": device}
+    try:
+        with quiet():
+            model = auto.from_pretrained(path, **given)
+    except (
+        ImportError
+    ) as error:  # of a kernel or a quantiser; what is missing is in the first sentence
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    return model.eval() if "device_map" in given else model.to(device).eval()
+
+
+def quantization(kind: str, dtype: torch.dtype) -> Any:
+    """8 bits (LLM.int8, arXiv:2208.07339), or 4 bits of the normal-float type (arXiv:2305.14314)."""
+    if kind == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+
+
+def num_parameters(model: Any) -> int:
+    """Weights; those packed into fewer bytes count as what they stand for."""
+    if getattr(model, "quantization_method", None) is not None:
+        return int(model.num_parameters())
+    return sum(p.numel() for p in model.parameters())

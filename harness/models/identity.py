@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 
 def digest(what: Any) -> str:
@@ -20,21 +21,52 @@ SETTINGS_OF_A_FILE = {  # they change with where and how a model was stored, not
 }  # fmt: skip
 
 
-def identity(model: Any, tokenizer: Any, eos: Collection[int]) -> str:
-    """Digest of weights, configuration, tokenizer, template, end tokens, dtype and engine."""
+def identity(
+    model: Any,
+    tokenizer: Any,
+    eos: Collection[int],
+    state: Mapping[str, Tensor] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """Digest of weights, configuration, tokenizer, template, end tokens, dtype and engine.
+
+    `state` takes the place of the model's own; `options` are what else changes its numbers, and say nothing where there are none.
+    """
     hasher = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        hasher.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    add(hasher, weights(model) if state is None else state)
     what = {
         "config": settings(model.config),
         "tokenizer": tokenizer_json(tokenizer),
         "template": tokenizer.chat_template,
         "eos": sorted(eos),
         "engine": ["hf", transformers.__version__, torch.__version__],
+        **(options or {}),
     }
     hasher.update(digest(what).encode())
     return hasher.hexdigest()
+
+
+def adapted(base: str, adapter: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """Digest of an adapter over a model of known identity."""
+    hasher = hashlib.sha256(digest([base, adapter]).encode())
+    add(hasher, state)
+    return hasher.hexdigest()
+
+
+def add(hasher: Any, state: Mapping[str, Tensor]) -> None:
+    """Every tensor's name, type, shape and bytes."""
+    for name, tensor in sorted(state.items()):
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hasher.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def weights(model: Any) -> Mapping[str, Tensor]:
+    """A model's state; what Accelerate keeps elsewhere is fetched."""
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        return get_state_dict_offloaded_model(model)
+    return model.state_dict()
 
 
 def settings(config: Any) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from harness.types import Sampling
+if TYPE_CHECKING:  # vLLM's process reads this file without the rest of the bench
+    from harness.types import Sampling
 
 
 def signed(value: int) -> int:
@@ -57,10 +59,11 @@ def unsigned_shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def gumbel(seeds: Tensor, step: int, vocabulary: int) -> Tensor:
-    """Standard Gumbel noise [n, V] for the samples' `step`-th written token."""
+def gumbel(seeds: Tensor, step: int | Tensor, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise [n, V] for the samples' `step`-th written token; one step, or [n]."""
+    steps = (torch.as_tensor(step, device=seeds.device) + 1) * GOLDEN
     tokens = torch.arange(1, vocabulary + 1, device=seeds.device) * GOLDEN
-    bits = mix(mix(seeds + signed((step + 1) * GOLDEN))[:, None] + tokens)
+    bits = mix(mix(seeds + steps)[:, None] + tokens)
     uniform = (unsigned_shift(bits, 11).double() + 0.5) * 2.0**-53  # never 0 or 1
     return -(-uniform.log()).log().float()
 

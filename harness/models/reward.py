@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from harness.models.collate import padded, right_padded
-from harness.models.hf import evaluating, placement, quiet
+from harness.models.hf import evaluating, num_parameters, pretrained, quiet
 from harness.models.identity import digest, identity
 from harness.types import Capability, Ids, LanguageModel
 
@@ -33,8 +33,10 @@ class RewardHF:
 
     capabilities: frozenset[Capability] = frozenset(("reward",))
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str | None = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str | None = None, attention: str | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.attention = model, tokenizer, attention
         self.name = name or model.config.name_or_path or type(model).__name__
         self.positive = positive_label(model.config, self.name)
         self.per_token = type(model).__name__.endswith("ForTokenClassification")
@@ -53,9 +55,11 @@ class RewardHF:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         name: str | None = None,
+        attn_implementation: str | None = None,
+        quantize: str | None = None,
+        offload: bool = False,
     ) -> RewardHF:
         """A folder or a Hub id; fp32 on a CPU and bf16 on a GPU unless told."""
-        device, dtype = placement(device, dtype)
         architectures = AutoConfig.from_pretrained(path).architectures or []
         auto = {
             "ForTokenClassification": AutoModelForTokenClassification,
@@ -69,18 +73,27 @@ class RewardHF:
             )
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = fitting[0].from_pretrained(path, dtype=dtype)
-        return cls(model.to(device).eval(), tokenizer, name=name or str(path))
+        model = pretrained(
+            fitting[0],
+            path,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantize=quantize,
+            offload=offload,
+        )
+        return cls(model, tokenizer, name=name or str(path), attention=attn_implementation)
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+        return num_parameters(self.model)
 
     @property
     def identity(self) -> str:
         """Digest of the kind of classifier, weights, configuration, tokenizer, template, dtype and engine."""
         if self._identity is None:
-            what = identity(self.model, self.tokenizer, ())
+            options = {} if self.attention is None else {"attention": self.attention}
+            what = identity(self.model, self.tokenizer, (), None, options)
             self._identity = digest([type(self.model).__name__, what])
         return self._identity
 
@@ -137,7 +150,8 @@ class RewardHF:
     def _read(self, sequences: Sequence[Ids], width: int) -> Tensor:
         """P(right), [B]."""
         ids, mask = right_padded(sequences, self.pad, width)
-        device = next(self.model.parameters()).device
+        places = (p.device for p in self.model.parameters() if not p.is_meta)
+        device = next(places, torch.device("cpu"))
         logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         if self.per_token:  # [B, T, labels]
             logits = logits[torch.arange(len(ids)), mask.sum(dim=1) - 1]
@@ -159,6 +173,11 @@ class YesNo:
     @property
     def identity(self) -> str:
         return digest(["yes or no", self.model.identity])
+
+    def rest(self) -> None:
+        """Hand back the memory of an engine that scores for it."""
+        if rest := getattr(self.model, "rest", None):
+            rest()
 
     def lengths(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
         """Each question is read twice, with either answer."""

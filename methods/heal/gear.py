@@ -54,12 +54,16 @@ def entropies(lab: Lab, traces: Sequence[Trace]) -> list[Sequence[float]]:
     pairs = [(lab.teacher.encode(lab.prompt(t.problem)), t.tokens) for t in bare]
     scored = iter(lab.scores(lab.teacher, pairs) if pairs else ())
     found: list[Sequence[float]] = []
+    errors = [e for t in traces for e in t.entropy_error or ()]  # of a teacher that tells its top K
     for trace in traces:
         if trace.entropies is not None:
             found.append(trace.entropies)
         else:
             score = next(scored)
             found.append(() if score is None else score.entropies)
+            errors += [] if score is None else score.entropy_error or ()
+    if errors:
+        lab.note("entropy known to within, nats, at worst", max(errors))
     return found
 
 
@@ -246,7 +250,9 @@ def _bridged(
 
 def _from(trace: Trace, prefix: int, **changed: Any) -> Trace:
     """The trace as new from another token on, without the records that were aligned to the old one."""
-    return replace(trace, prefix=prefix, logprobs=None, entropies=None, **changed)
+    return replace(
+        trace, prefix=prefix, logprobs=None, entropies=None, entropy_error=None, **changed
+    )
 
 
 def _without(lab: Lab, trace: Trace, start: int, length: int, prefix: int) -> Trace:

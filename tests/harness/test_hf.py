@@ -690,7 +690,6 @@ def test_load_takes_names_and_folders() -> None:
     [
         ("micro/teachr", r"model 'micro/teachr' was not found; did you mean 'micro/teacher'\?.*hf download"),
         ("/no/such/folder", r"'/no/such/folder' was not found.*or one of micro/teacher"),
-        ({"model": "x", "adapter": {"r": 4}}, "adapters are not available in this version"),
         ({"modle": "x"}, r"found the keys modle"),
         ({"traces": "x.jsonl"}, "only a teacher can be replayed"),
     ],

@@ -76,7 +76,8 @@ def server() -> Iterator[Server]:
 
 
 def judge(server: Server, **options: Any) -> JudgeServer:
-    return JudgeServer(server.url, "m", **{"pause": 0.001, **options})
+    pause = options.pop("pause", 0.001)
+    return JudgeServer(config.Server(server=server.url, model="m", **options), pause=pause)
 
 
 def test_the_probability_of_yes(server: Server) -> None:
@@ -96,7 +97,7 @@ def test_the_probability_of_yes(server: Server) -> None:
 
 def test_answers_come_in_the_order_of_the_questions(server: Server) -> None:
     shares = [0.9 - 0.02 * i for i in range(40)]
-    found = judge(server, threads=8).reward([(str(share), "") for share in shares])
+    found = judge(server, concurrency=8).reward([(str(share), "") for share in shares])
     assert found == pytest.approx(shares)
     assert judge(server).reward([]) == []
 
@@ -125,7 +126,8 @@ def test_it_gives_up_and_says_where(server: Server) -> None:
     with pytest.raises(ConnectionError, match=r"/chat/completions refused .* status 401"):
         judge(server).reward([("0.5", "")])
     assert len(server.seen) == 4
-    gone = JudgeServer("http://127.0.0.1:9", "m", attempts=2, pause=0.001)
+    spec = config.Server(server="http://127.0.0.1:9", model="m", attempts=2)
+    gone = JudgeServer(spec, pause=0.001)
     with pytest.raises(ConnectionError, match=r"127.0.0.1:9/chat.* in 2 attempts: ConnectError"):
         gone.reward([("0.5", "")])
 
@@ -151,7 +153,10 @@ def test_the_key_is_sent_and_never_shown(server: Server, monkeypatch: pytest.Mon
     keyed.reward([("0.5", "")])
     assert [key for _, _, key in server.seen] == [None, "Bearer secret-1"]
     assert "secret" not in repr(keyed) + str(vars(keyed)) and keyed.identity == plain.identity
-    others = [JudgeServer(server.url, "n"), JudgeServer("http://x/v1", "m")]
+    others = [
+        JudgeServer(config.Server(server=address, model=name))
+        for address, name in ((server.url, "n"), ("http://x/v1", "m"))
+    ]
     assert len({plain.identity, *(other.identity for other in others)}) == 3
 
 
@@ -159,11 +164,15 @@ def test_a_suite_names_a_server(server: Server) -> None:
     spec = {"server": server.url, "model": "m"}
     loaded = models.load(spec)
     assert isinstance(loaded, JudgeServer) and loaded.identity == judge(server).identity
-    assert models.load({**spec, "key": "MY_KEY"}).key == "MY_KEY"
+    assert models.load({**spec, "key": "MY_KEY"}).endpoint.key == "MY_KEY"
     assert models.capabilities(spec, {}) == {"reward"} and models.find(spec, {})[0] == "m"
     assert cell.fingerprint({**spec, "key": "MY_KEY"}) == [server.url, "m"]
-    for bad in ({"server": server.url}, {**spec, "modle": "m"}, {**spec, "server": "host:80"}):
-        with pytest.raises(ValueError, match=r"a server is .server: http"):
+    for bad, why in (
+        ({"server": server.url}, "key 'model' is missing"),
+        ({**spec, "modle": "m"}, "unknown key 'modle': did you mean 'model'"),
+        ({**spec, "server": "host:80"}, "key 'server': string should match"),
+    ):
+        with pytest.raises(ValueError, match=why):
             models.capabilities(bad, {})
 
 

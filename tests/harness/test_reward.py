@@ -189,7 +189,12 @@ def test_a_language_model_that_is_asked_yes_or_no() -> None:
         each = [value / len(response)] * len(response)
         return Scores(tuple(each), tuple(0.0 for _ in each))
 
-    judge = YesNo(Scripted({}, capabilities={"score"}, scores=scores))
+    asked = Scripted({}, capabilities={"score"}, scores=scores)
+    judge, rested = YesNo(asked), list[bool]()
+    judge.rest()  # nothing to hand back
+    asked.rest = lambda: rested.append(True)  # type: ignore[attr-defined]
+    judge.rest()
+    assert rested == [True]
     assert judge.reward([("y", ""), ("n", "")]) == pytest.approx(
         [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1.5))]
     )

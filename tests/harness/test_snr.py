@@ -302,7 +302,11 @@ def test_the_command_measures_prints_and_reads_what_it_finished(
 
     def gradients(student: Any, teacher: Any, examples: Any, objective: Any, *rest: Any) -> Any:
         seen.append((objective.name, examples))
+        assert rested.pop() is student  # nothing that writes holds memory meanwhile
         return take(student, teacher, examples, objective, *rest)
+
+    rested: list[Any] = []
+    monkeypatch.setattr(HFModel, "rest", lambda self: rested.append(self))
 
     def sampled(lab: Any, model: Any, n: int = 1, **given: Any) -> Any:
         drawn.append((n, given.get("on_policy", False)))

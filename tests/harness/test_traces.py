@@ -148,7 +148,9 @@ def test_a_suite_names_a_file_and_the_student_tokenizes(tmp_path: Path) -> None:
     teacher = models.load({"traces": str(file)}, tokenizer_of=student)
     [[trace]] = teacher.generate([Request("", ADD)], Sampling())
     assert trace.tokens == student.tokenize("<think>\n3")
-    with pytest.raises(ValueError, match=r"can only generate; use a model as the teacher"):
+    with pytest.raises(
+        ValueError, match=r"can only generate; use a model with `engine: hf` as the teacher"
+    ):
         models.check_pair(student, teacher)
     again = models.load({"traces": str(file)}, tokenizer_of=Bytes())
     assert again.identity != teacher.identity
