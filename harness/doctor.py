@@ -5,21 +5,23 @@ Every finding is one line: what is, why it matters, what to do.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import httpx2
 import psutil
 import torch
 
 from harness import cell, evaluation, models, problems, registry, sizes
-from harness.compare import check, experiment, use_data
-from harness.config import Budget, Experiment
+from harness.compare import check, check_tasks, experiment, use_data
+from harness.config import Budget, Checkpoint, Experiment, Server, model_spec, nearest
 from harness.ledger import Ledger
+from harness.models.endpoint import Endpoint
 from harness.models.hf import HFModel
+from harness.models.openai import ServerModel
 from harness.objectives import nll, reverse_kl
-from harness.probe import SMALL, away, spread
+from harness.probe import SMALL, away, readable, spread
 from harness.trainer import Trainer
 from harness.types import (  # fmt: skip
     Example,
@@ -40,6 +42,7 @@ WRITTEN = 24  # problems that both models answer
 CUT = 0.1  # share of responses cut at max_new_tokens from which that is said; half of them is a problem
 KL = 1e-4  # nats a token: the most that a model may differ from itself, in fp32
 DRIFT = 1e-4  # relative difference of a loss over two cuts of a batch
+PATIENCE = 5.0  # seconds for a server to say which models it has
 PROBE = "What is 2+3?"
 TEXT = f"{completion.OPEN}\n1+1\n\n  2\n{completion.CLOSE}\n2"
 
@@ -58,25 +61,93 @@ def examine(suite: str | Experiment, overrides: Sequence[str] = ()) -> list[Find
     try:
         for label in setting.methods:
             cell.recipe(setting, label)
-        if not absent:
-            check(setting, list(setting.methods))
+        seen, unread = readable(setting)
+        if absent:
+            check_tasks(seen)
+        else:
+            check(seen, list(setting.methods))
+        for spec in (setting.student, setting.teacher, *setting.models.values()):
+            models.check_extras(model_spec(spec))
+        sizes.check_adapter(setting.student, problems.checkpoints())
     except ValueError as error:
         return [Finding("problem", "suite", str(error))]
     findings = [Finding("ok", "suite", f"{len(setting.methods)} arms, {setting.seeds} seeds")]
     findings += [
-        Finding(
-            "note",
-            "models",
-            f"{text}: its tokenizer, template and weights could not be looked at; fetch it (`hf download ID`) and ask again",
+        Finding("note", subject, f"could not be looked at: {why}")
+        for subject, why in (
+            *((f"training on {name}", why) for name, why in unread["problems"].items()),
+            *((f"benchmark {name}", why) for name, why in unread["benchmarks"].items()),
         )
-        for text in absent
     ]
-    if not absent:
-        findings += _loaded(setting)
-    findings += _memory(setting)
-    findings += _disk(setting)
-    findings += _extras(setting)
+    findings += _servers(setting)
+    if absent:
+        findings += [
+            Finding(
+                "note",
+                "models",
+                f"{text}: its tokenizer, template, weights and responses could not be looked at; fetch it (`hf download ID`) and ask again",
+            )
+            for text in absent
+        ]
+        findings += _described(setting)
+    else:
+        findings += _loaded(seen)
+    findings += _memory(setting, here=not absent)
+    findings += _disk(setting, here=not absent)
+    findings += _extras(seen)
     return findings
+
+
+def _described(setting: Experiment) -> Iterator[Finding]:
+    """What configurations and tokenizers show of a pair whose weights are not here."""
+    known = problems.checkpoints()
+    pair = {
+        name: models.find(spec, known)
+        for name, spec in (("student", setting.student), ("teacher", setting.teacher))
+        if isinstance(model_spec(spec), Checkpoint)
+    }
+    configs = {name: sizes.configuration(*found) for name, found in pair.items()}
+    for name, config in configs.items():
+        if config is not None:
+            yield from _positions(name, config.get_text_config(decoder=True), setting)
+    if len(pair) < 2 or not (token_level := _token_level(setting)):
+        return
+    if all(_holds(*found, "tokenizer.json") for found in pair.values()):
+        try:
+            models.check_vocabularies(setting.student, setting.teacher, known)
+        except ValueError as error:
+            yield Finding("problem", "vocabulary", f"{', '.join(token_level)}: {error}")
+        else:
+            yield Finding("ok", "vocabulary", "the same for both")
+    elif all(config is not None for config in configs.values()):
+        ours, theirs = (c.get_text_config(decoder=True).vocab_size for c in configs.values())
+        yield Finding(
+            "note",
+            "vocabulary",
+            f"heads of {ours} (student) and {theirs} rows (teacher); whether a token has the same id in both, which "
+            f"{', '.join(token_level)} need, only their tokenizers tell: fetch them (`hf download ID tokenizer.json`)",
+        )
+
+
+def _positions(name: str, config: Any, setting: Experiment) -> Iterator[Finding]:
+    asked = {"sampling": setting.sampling.max_new_tokens}
+    if name == "student":
+        asked |= {f"benchmarks.{b}": g.max_new_tokens or 0 for b, g in setting.benchmarks.items()}
+    most = getattr(config, "max_position_embeddings", None)
+    beyond = [f"{key}.max_new_tokens" for key, tokens in asked.items() if most and tokens >= most]
+    text = f"{most} for prompt and response"
+    if beyond:
+        text += f", and the response alone may have more: lower {', '.join(beyond)}"
+    yield Finding("problem" if beyond else "ok", f"{name}'s positions", text)
+
+
+def _holds(name: str, path: Path, file: str) -> bool:
+    """Whether a file of a model is in its folder or the local cache."""
+    if path.is_dir():
+        return (path / file).is_file()
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, file), str)
 
 
 def _loaded(setting: Experiment) -> list[Finding]:
@@ -85,7 +156,7 @@ def _loaded(setting: Experiment) -> list[Finding]:
     found: list[Finding] = []
     try:
         student = cell.student_model(setting.student)
-        teacher = models.load(setting.teacher, checkpoints=known, tokenizer_of=student)
+        teacher = models.load(setting.teacher, checkpoints=known, tokenizer_of=student, writes=True)
     except ValueError as error:
         return [Finding("problem", "models", str(error))]
     pair: dict[str, LanguageModel] = {"student": student, "teacher": teacher}
@@ -95,7 +166,8 @@ def _loaded(setting: Experiment) -> list[Finding]:
         found += _weights(name, model, models.find(spec, known)[1])
         found += _text(name, model, setting)
         found += _ends(name, model)
-    found += _vocabularies(student, teacher)
+    if not (isinstance(teacher, ServerModel) and teacher.codec is student):
+        found += _vocabularies(student, teacher)
     try:
         found += _templates(whole, _token_level(setting))
     except ValueError as error:
@@ -117,6 +189,39 @@ def _loaded(setting: Experiment) -> list[Finding]:
     return found
 
 
+def _servers(setting: Experiment) -> Iterator[Finding]:
+    """Whether each server answers, has its model and got a key; one that does not answer in time is said, and no trouble."""
+    for who, line in {"teacher": setting.teacher, **setting.models}.items():
+        spec = model_spec(line, who)
+        if not isinstance(spec, Server):
+            continue
+        endpoint = Endpoint(spec)
+        subject = f"{who}'s server"
+        try:
+            with httpx2.Client(timeout=PATIENCE) as client:
+                listed = endpoint.models(client)
+        except httpx2.TransportError as error:
+            yield Finding(
+                "note",
+                subject,
+                f"{endpoint.url} did not answer ({type(error).__name__}), so its model could not be checked; {endpoint.key_state()}",
+            )
+        except ConnectionError as error:
+            yield Finding("problem", subject, str(error))
+        else:
+            has = f"{endpoint.url} answers; {endpoint.key_state()}"
+            if spec.model in listed:
+                yield Finding("ok", subject, f"{has}; it has {spec.model}")
+            else:
+                yield Finding(
+                    "problem",
+                    subject,
+                    f"{has}; it does not list {spec.model!r}: {nearest(spec.model, listed)}",
+                )
+        if who == "teacher" and not spec.price:
+            yield Finding("note", subject, "no `price`: the ledger counts its tokens and no money")
+
+
 def _token_level(setting: Experiment) -> list[str]:
     """Arms that compare with the teacher's distribution."""
     return [
@@ -130,7 +235,8 @@ def _token_level(setting: Experiment) -> list[str]:
 
 
 def _weights(name: str, model: HFModel, path: Path) -> Iterator[Finding]:
-    wrong = [key for key, value in model.model.state_dict().items() if not value.isfinite().all()]
+    state = model.model.state_dict()  # what is offloaded is not looked at
+    wrong = [k for k, value in state.items() if not value.is_meta and not value.isfinite().all()]
     subject = f"{name}'s weights"
     if wrong:
         yield Finding(
@@ -149,6 +255,8 @@ def _weights(name: str, model: HFModel, path: Path) -> Iterator[Finding]:
     if not wrong and not random:
         rows = len(model.model.get_output_embeddings().weight)
         text = f"{model.num_parameters / 1e6:.3g}M, finite"
+        if model.adapter is not None:
+            text += f"; {model.num_trained / 1e6:.3g}M of them, an adapter, are trained"
         if rows > model.vocabulary:
             text += f"; the head is padded to {rows} rows, and its logits are cut to the {model.vocabulary} tokens"
         yield Finding("ok", subject, text)
@@ -163,6 +271,8 @@ def _absent(model: HFModel, path: Path) -> list[str]:
         with safe_open(file, framework="pt") as tensors:
             held |= set(tensors.keys())
     needed = {key for key, _ in model.model.named_parameters()}  # a tied head is no parameter
+    if model.adapter is not None:
+        needed = {key.replace(".base_layer.", ".") for key in needed - model.weights().keys()}
     return sorted(needed - held) if held & needed else []
 
 
@@ -323,7 +433,10 @@ def _lengths(setting: Experiment, whole: Mapping[str, HFModel]) -> Iterator[Find
         for name, options in setting.problems.items()
     }
     sets |= {
-        f"benchmark {name}": evaluation.problems_of(name)[:SAMPLE] for name in setting.benchmarks
+        f"benchmark {name}": evaluation.problems_of(
+            name, levels=given.levels, options=given.options
+        )[:SAMPLE]
+        for name, given in setting.benchmarks.items()
     }
     for subject, found in sets.items():
         if not found:
@@ -481,23 +594,29 @@ def _shapes(setting: Experiment) -> dict[str, sizes.Shape]:
     return {
         name: sizes.shape(spec, known)
         for name, spec in specs.items()
-        if not (isinstance(spec, Mapping) and "traces" in spec)
+        if not (isinstance(spec, Mapping) and {"traces", "server"} & set(spec))
     }
 
 
-def _memory(setting: Experiment) -> Iterator[Finding]:
-    """The forecast of harness/sizes.py for the cells that run side by side."""
+def _memory(setting: Experiment, here: bool) -> Iterator[Finding]:
+    """The forecast of harness/sizes.py for the cells that run side by side; of models that are not here, for a GPU anywhere."""
     try:
         shapes = _shapes(setting)
     except ValueError as error:
         yield Finding("note", "memory", str(error))
         return
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() or not here
     student = shapes.pop("student")
     frozen = {**shapes, "base": student}
     length = min(setting.training.max_length, setting.sampling.max_new_tokens + 512)
-    held = sizes.memory(student, frozen, setting.training.micro_tokens, length, cuda)
+    held = cell.memory(setting, student, frozen, length, cuda)
     need = held.peak * setting.workers
+    if not here:
+        text = f"about {held.peak / GIB:.0f} GiB of a GPU for one worker, with all models on it"
+        yield Finding(
+            "note", "memory", f"{text}; `retort plan --gpu NAME` says what of it is whose"
+        )
+        return
     if cuda:
         room, where = torch.cuda.mem_get_info()[0], "GPU memory"
     else:
@@ -510,19 +629,23 @@ def _memory(setting: Experiment) -> Iterator[Finding]:
     )
 
 
-def _disk(setting: Experiment) -> Iterator[Finding]:
+def _disk(setting: Experiment, here: bool) -> Iterator[Finding]:
     """The students, and the checkpoints of cells at work: weights, moments, and weights between stages."""
     try:
         student = _shapes(setting)["student"]
     except ValueError:
         return
     cells = len(setting.methods) * setting.seeds * len(setting.data_seeds)
-    need = 4 * student.parameters * (cells + 6 * setting.workers)
+    need = 4 * (student.parameters + student.adapter) * cells
+    need += 4 * student.trained * 6 * setting.workers
     free = psutil.disk_usage(str(Path.cwd())).free
     text = f"about {need / GIB:.2f} GiB of {free / GIB:.0f} GiB free for {cells} students and checkpoints, samples apart"
     if need > 0.8 * free:
         text += ": it may run full; write elsewhere (--results), or take fewer seeds"
-    yield Finding("problem" if need > free else "note" if need > 0.8 * free else "ok", "disk", text)
+    if need > free and here:  # models that are not here will run elsewhere
+        yield Finding("problem", "disk", text)
+    else:
+        yield Finding("note" if need > 0.8 * free else "ok", "disk", text)
 
 
 def _extras(setting: Experiment) -> Iterator[Finding]:
@@ -541,8 +664,12 @@ def _extras(setting: Experiment) -> Iterator[Finding]:
             if "fallback" in kinds:
                 text = "programs run with namespaces and resource limits only: install bubblewrap for isolation"
             yield Finding("note" if "fallback" in kinds else "ok", "sandbox", text)
-    if importlib.util.find_spec("vllm") is None and torch.cuda.is_available():
-        yield Finding("note", "vllm", "not installed: sampling runs through Transformers")
+    for spec in (setting.student, setting.teacher, *setting.models.values()):
+        try:
+            models.check_here(spec)
+        except ValueError as error:  # a problem where the models are here, which `check` finds
+            yield Finding("note", "vllm", str(error))
+            break
     missing = [
         name
         for name in setting.methods

@@ -16,15 +16,28 @@ import torch
 
 from harness import cell, sizes
 from harness.cell import Job
-from harness.compare import Silent, check, experiment, prepare, use_data
+from harness.compare import (
+    Silent,
+    check,
+    check_models,
+    check_tasks,
+    experiment,
+    needs,
+    prepare,
+    use_data,
+)
 from harness.config import Experiment
 from harness.ledger import forward_flops
 from harness.models.hf import ROWS
-from harness.probe import TIMED, Cast, Costs, Walk, cast_of, spread
+from harness.probe import TIMED, Cast, Costs, Walk, cast_of, readable, spread, training_problems
 from harness.progress import Display
 
 PROBLEMS = 256  # looked at by a walk
-ASSUMED = 64  # the same of stand-ins, whose numbers a larger sample does not mend
+ASSUMED = (
+    24,
+    64,
+)  # the same of stand-ins, whose numbers a larger sample does not mend; fewer where responses are long,
+WRITTEN = 64 * 2048  # so that a sample of all has about so many tokens
 UTILISATION = 0.35  # of a GPU's FLOP/s and bandwidth, assumed
 STAGES = 3  # boundaries whose weights are kept while a cell runs, at most usually
 ROW_BYTES = 10  # of a sampled token in the store, assumed where none was measured
@@ -50,23 +63,33 @@ def forecast(
         )
     if gpu:
         sizes.gpu(gpu)  # refuses an unknown one
-    cast = cast_of(setting, tokens)
+    seen, unread = readable(setting)
+    cast = cast_of(setting, tokens, unread["problems"])
     if cast.real:
-        check(setting, list(setting.methods))
+        check(seen, list(setting.methods))
+    else:
+        check_tasks(seen)
+        if "teacher" in cast.prices:  # what a server can do is known without it
+            check_models(setting, needs(setting, list(setting.methods)), ("teacher",))
     with tempfile.TemporaryDirectory(prefix="retort-plan-") as place, _threads(setting):
         folder = Path(place)
-        contamination = prepare(setting, folder)
-        every = cell.training_problems(Job({}, "", 0, 0, folder, folder))
-        sample = spread(every, num_problems or (PROBLEMS if cast.real else ASSUMED))
+        every = training_problems(setting, unread["problems"])
+        if seen.problems:
+            prepare(seen, folder)
+            every += cell.training_problems(Job({}, "", 0, 0, folder, folder))
+        least, most = ASSUMED
+        assumed = max(least, min(most, WRITTEN // cast.length))
+        sample = spread(every, num_problems or (PROBLEMS if cast.real else assumed))
         arms: dict[str, dict[str, Any]] = {}
         with Display(len(setting.methods) + 1) if not quiet else Silent() as display:
-            walk = Walk(setting, cast, sample, len(every), folder, display)
+            walk = Walk(seen, cast, sample, len(every), folder, display)
             for label in setting.methods:
                 arms[label] = walk.arm(label)
                 display.finish(label)
             answers = walk.evaluation()
             display.finish("evaluation")
-    return _result(setting, walk, arms, answers, contamination, gpu, price, utilisation)
+    answers["unread"] = unread["benchmarks"]
+    return _result(setting, walk, arms, answers, len(every), gpu, price, utilisation)
 
 
 @contextmanager
@@ -90,7 +113,7 @@ def _result(
     walk: Walk,
     arms: Mapping[str, dict[str, Any]],
     answers: Mapping[str, Any],
-    contamination: Mapping[str, Any],
+    total_problems: int,
     gpu: str | None,
     price: float | None,
     utilisation: float,
@@ -138,13 +161,13 @@ def _result(
     whole_hours = sum(known) if len(known) == len(times) else None
     return {
         "name": setting.name,
-        "how": _how(walk, contamination),
+        "how": _how(walk, total_problems),
         "assumed": [*cast.notes, *_assumed(gpu, on, utilisation, cast, answers)],
         "cells": cells,
         "workers": setting.workers,
         "arms": rows,
         "total": {"charged": total.column("charged"), "spent": total.column("spent")},
-        "evaluation": {"tokens": written, "missing": answers["missing"]},
+        "evaluation": {"tokens": written, "missing": [*answers["missing"], *answers["unread"]]},
         "hours": {**times, "whole": whole_hours},
         "price": price,
         "cost": None if price is None or whole_hours is None else price * whole_hours,
@@ -155,10 +178,10 @@ def _result(
     }
 
 
-def _how(walk: Walk, contamination: Mapping[str, Any]) -> str:
+def _how(walk: Walk, total: int) -> str:
     played = "the suite's own models" if walk.cast.real else "stand-ins"
     return (
-        f"every arm walked through twice on {len(walk.sample)} of {contamination['kept']} training problems with {played}; "
+        f"every arm walked through twice on {len(walk.sample)} of {total} training problems with {played}; "
         f"problems scale by {walk.grow:.4g}, stages by their budget"
     )
 
@@ -180,14 +203,18 @@ def _assumed(
     if cast.real:
         yield f"rollouts are as long as the untrained student's; {TIMED} optimizer steps of a stage were real"
     yield "spent as with an empty store: what yours holds already comes off"
+    for name, why in answers["unread"].items():
+        yield f"not counted: what {name} asks, whose problems could not be read: {why}"
     if answers["missing"]:
         yield f"not counted: what {', '.join(answers['missing'])} asks, whose problems are lm-eval's own"
 
 
 def _gpu_seconds(costs: Costs, walk: Walk, length: int, on: sizes.GPU, utilisation: float) -> float:
-    """Writing by the roofline of `sizes.writing_seconds`, all else by its FLOPs."""
+    """Writing by the roofline of `sizes.writing_seconds`, all else by its FLOPs, and those that checkpointing computes again."""
     shapes, setting = walk.cast.shapes, walk.setting
     left, seconds = costs["spent flops"], 0.0
+    if setting.training.gradient_checkpointing:
+        left += forward_flops(shapes["student"].parameters, costs["spent trained"])
     for who in ("student", "teacher"):
         tokens = costs[f"spent {who}_generated"]
         if not tokens or who not in shapes:
@@ -207,7 +234,7 @@ def _memory(setting: Experiment, walk: Walk, cuda: bool) -> dict[str, float]:
     frozen = {name: shapes["student" if name == "base" else name]
               for name in sorted(walk.used) if name == "base" or name in shapes}  # fmt: skip
     length = setting.sampling.max_new_tokens + walk.longest
-    held = sizes.memory(shapes["student"], frozen, setting.training.micro_tokens, length, cuda)
+    held = cell.memory(setting, shapes["student"], frozen, length, cuda)
     return {**held._asdict(), "peak": held.peak}
 
 
@@ -219,8 +246,8 @@ def _disk(
     kept = sum(total[f"spent {who}"] - total[f"written {who}"] for who in ("teacher_generated", "student_generated"))  # fmt: skip
     row = total["stored"] / kept if kept > 0 and total["stored"] else ROW_BYTES
     return {
-        "students": weights * (cells - 1),
-        "checkpoints": weights * (3 + STAGES) * setting.workers,
+        "students": (weights + 4.0 * student.adapter) * (cells - 1),
+        "checkpoints": 4.0 * student.trained * (3 + STAGES) * setting.workers,
         "store": total["stored"],
         "answers": asked["spent student_generated"] * row,
     }

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from harness import cell, evaluation, models, problems, sizes
+from harness import cell, evaluation, models, problems, sizes, standin
 from harness.config import Budget, Experiment, Training
 from harness.lab import Workbench
 from harness.ledger import QUANTITIES, Ledger
@@ -33,6 +33,7 @@ TIMED = 2  # real optimizer steps of a stage
 BLOCKS = 6  # of a stage's on-policy steps that are really sampled; the others cost what these do on average
 STEPS = 2000  # optimizer steps of a walk, at most
 SMALL = {"cpu": 50e6, "cuda": 1e9}  # parameters of all models that are walked with for real
+UNREAD = 1000  # problems assumed of a training set that cannot be read and that has no n
 RATES = {"student": 0.3, "teacher": 0.7}  # of right responses, assumed of models that are not here
 EVALUATED = 32  # problems of a benchmark that are answered
 
@@ -71,7 +72,11 @@ class Cast:
     shapes: dict[str, sizes.Shape]
     length: int  # of a stand-in's response
     notes: list[str]
+    prices: dict[str, Mapping[Any, float]] = field(default_factory=dict)  # of servers that write
     loaded: dict[str, Any] = field(default_factory=dict)
+    difficulty: dict[str, float] = field(
+        default_factory=dict
+    )  # of the sample's problems, to stand-ins
 
     def student(self, setting: Experiment) -> Any:
         if self.real:
@@ -100,7 +105,9 @@ class Cast:
         parameters = self.shapes[who].parameters if who in self.shapes else 0
         if name not in (*RATES, "base"):
             return Judge(name, parameters)
-        return StandIn(who, parameters, self.length, RATES[who])
+        trained = self.shapes[who].trained if who in self.shapes else None
+        price = self.prices.get(who)
+        return StandIn(who, parameters, self.length, RATES[who], trained, price, self.difficulty)
 
 
 class Counting(Trainer):
@@ -160,6 +167,7 @@ class Walk:
     ) -> None:
         self.setting, self.cast, self.display = setting, cast, display
         self.sample = list(sample)
+        cast.difficulty = standin.spaced(sample)
         self.grow = total / len(sample)  # from the sample to all problems
         self.store = Store(folder / "store")
         self.used: set[str] = set()  # models that some arm loaded
@@ -192,6 +200,10 @@ class Walk:
         ledger = Ledger({str(quantity): cap for quantity, cap in cut.caps.items()})
         # At the full rate so few steps would leave the student in the middle of its warm-up.
         pace = training.model_copy(update={"learning_rate": training.learning_rate / self.grow})
+        if (
+            not self.cast.real
+        ):  # nothing is multiplied, and Accelerate knows one precision a process
+            pace = pace.model_copy(update={"precision": "auto"})
         trainer = Counting(student, pace, cut, seed, ledger)
         trainer.real = TIMED if self.cast.real else 0
         if timed is not None:
@@ -348,6 +360,29 @@ def _whole(budget: Budget) -> float:
     return float(budget.steps or budget.trained_tokens or budget.flops or 0)
 
 
+# -- what is here ---------------------------------------------------------------------------------
+
+
+def readable(setting: Experiment) -> tuple[Experiment, dict[str, dict[str, str]]]:
+    """The suite with only the training sets and benchmarks whose rows can be read here, and why the others cannot."""
+    unread: dict[str, dict[str, str]] = {"problems": {}, "benchmarks": {}}
+    for name, options in setting.problems.items():
+        try:
+            problems.load(name, "train", **options)
+        except problems.Absent as error:
+            unread["problems"][name] = str(error)
+    for name, given in setting.benchmarks.items():
+        try:
+            evaluation.problems_of(name, levels=given.levels, options=given.options)
+        except problems.Absent as error:
+            unread["benchmarks"][name] = str(error)
+    kept = {
+        key: {name: each for name, each in getattr(setting, key).items() if name not in lost}
+        for key, lost in unread.items()
+    }
+    return setting.model_copy(update=kept), unread
+
+
 # -- who plays --------------------------------------------------------------------------------------
 
 
@@ -371,11 +406,15 @@ def _specs(setting: Experiment) -> dict[str, Any]:
     }
 
 
-def cast_of(setting: Experiment, tokens: int | None) -> Cast:
-    """The suite's own models where all are here and small, else stand-ins of their sizes."""
+def cast_of(setting: Experiment, tokens: int | None, unread: Mapping[str, str]) -> Cast:
+    """The suite's own models where all are here and small, with all training problems, else stand-ins of their sizes."""
     notes, absent = list[str](), away(setting)
-    absent += [f"{name} is a server, which a plan does not ask" for name, spec in setting.models.items()
-               if isinstance(spec, Mapping) and "server" in spec]  # fmt: skip
+    absent += [f"training on {name}: {_assumed(setting, name):,} problems assumed, as they could not be read: {why}"
+               for name, why in unread.items()]  # fmt: skip
+    given = {"teacher": setting.teacher, **setting.models}
+    servers = {name: spec for name, spec in given.items() if isinstance(spec, Mapping) and "server" in spec}  # fmt: skip
+    absent += [f"{name} is a server, which a plan does not ask" for name in servers]
+    prices = {name: servers[name].get("price", {}) for name in servers if name == "teacher"}
     shapes = {
         name: sizes.shape(spec, problems.checkpoints()) for name, spec in _specs(setting).items()
     }
@@ -394,7 +433,21 @@ def cast_of(setting: Experiment, tokens: int | None) -> Cast:
         )
         for name, each in shapes.items():
             notes.append(f"{name}: {each.parameters / 1e9:.3g}e9 parameters, from {each.source}")
-    return Cast(not absent, shapes, length, notes)
+    return Cast(not absent, shapes, length, notes, prices)
+
+
+def training_problems(setting: Experiment, unread: Mapping[str, str]) -> list[Problem]:
+    """What stands for the training sets that cannot be read."""
+    every: list[Problem] = []
+    for name in unread:
+        found = problems.find(name)
+        domain = found.domain if isinstance(found, problems.TableSet) else "math"
+        every += standin.problems(name, domain, _assumed(setting, name))
+    return every
+
+
+def _assumed(setting: Experiment, name: str) -> int:
+    return int(setting.problems[name].get("n", UNREAD))
 
 
 def weights_here(name: str, path: Path) -> bool:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness import models
-from harness.config import nearest
+from harness.config import Checkpoint, ModelSpec, Training, YesNo, model_spec, nearest
 
 GIB = 2**30
 
@@ -40,9 +40,11 @@ GPUS = {
 
 
 def gpu(name: str) -> GPU:
-    if name.lower() not in GPUS:
-        raise ValueError(f"unknown GPU {name!r}: {nearest(name, GPUS)}")
-    return GPUS[name.lower()]
+    """By its name here, or as its maker writes it: `H100 SXM`, `RTX 4090`."""
+    key = name.lower().removesuffix("sxm").replace(" ", "")
+    if key not in GPUS:
+        raise ValueError(f"unknown GPU {name!r}: {nearest(key, GPUS)}")
+    return GPUS[key]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,19 @@ class Shape:
     kv: int  # key-value heads times their width
     vocabulary: int  # rows of the head
     source: str  # what this is known from
+    adapter: int = 0  # weights of its adapter, which alone are trained
+    itemsize: float | None = None  # bytes of a weight, where they do not follow from the machine
+    offload: bool = False  # its weights take what is left on the GPU
+
+    @property
+    def trained(self) -> int:
+        return self.adapter or self.parameters
+
+    def weights(self, cuda: bool, default: float) -> float:
+        """Bytes of its weights on the device."""
+        if self.offload and cuda:
+            return 0.0
+        return self.parameters * (default if self.itemsize is None else self.itemsize)
 
     def cache(self, length: int, itemsize: int) -> int:
         """Bytes of keys and values of one sequence."""
@@ -65,9 +80,11 @@ class Shape:
 def shape(spec: Any, known: Mapping[str, Path]) -> Shape:
     """The shape of a suite's model: from its configuration where that is here, else from the size in its name."""
     name, path = models.find(spec, known)
+    line = model_spec(spec)
+    line = model_spec(line.ask) if isinstance(line, YesNo) else line
     config = configuration(name, path)
     if config is None:
-        return named(name)
+        return _as_told(named(name), line)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -75,8 +92,9 @@ def shape(spec: Any, known: Mapping[str, Path]) -> Shape:
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     with torch.device("meta"):  # shapes without weights
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    return Shape(
+        model = AutoModelForCausalLM.from_config(config)
+    count = sum(p.numel() for p in model.parameters())
+    found = Shape(
         name,
         count,
         text.num_hidden_layers,
@@ -85,6 +103,34 @@ def shape(spec: Any, known: Mapping[str, Path]) -> Shape:
         text.vocab_size,
         "its config.json",
     )
+    return _as_told(found, line, model)
+
+
+def _as_told(found: Shape, line: ModelSpec, model: Any = None) -> Shape:
+    """With what the suite's line says of types and of an adapter: r (in + out) weights for each adapted module, which is about
+    19 r L H of a model that is known by its name alone (four projections of H, three of an 8/3 H wide feed-forward)."""
+    if not isinstance(line, Checkpoint):
+        return found
+    adapter = 0
+    if line.adapter is not None:
+        from harness.models import adapters
+
+        rank = line.adapter.r
+        adapter = 19 * rank * found.layers * found.hidden
+        adapter = adapter if model is None else adapters.size(model, line.adapter)
+    itemsize = {"8bit": 1.0, "4bit": 0.5, "fp32": 4.0, "bf16": 2.0, "fp16": 2.0}.get(
+        line.quantize or line.dtype or ""
+    )
+    return replace(found, adapter=adapter, itemsize=itemsize, offload=line.offload)
+
+
+def check_adapter(spec: Any, known: Mapping[str, Path]) -> None:
+    """Refuse an adapter for modules that the model does not have, as far as its configuration is here."""
+    line = model_spec(spec)
+    if isinstance(line, Checkpoint) and line.adapter is not None:
+        name, path = models.find(spec, known)
+        if configuration(name, path) is not None:
+            shape(spec, known)
 
 
 def configuration(name: str, path: Path) -> Any:
@@ -112,6 +158,11 @@ def named(name: str) -> Shape:
     return Shape(name, int(count), layers, width, width // 4, 151_936, "the size in its name")
 
 
+def pass_tokens(training: Training, length: int) -> int:
+    """Padded tokens of the largest forward pass; an example that is longer than `micro_tokens` has one of its own."""
+    return max(training.micro_tokens, min(training.max_length, length))
+
+
 class Memory(NamedTuple):
     """Bytes on one GPU (or in one worker), at most, by what they hold."""
 
@@ -119,26 +170,38 @@ class Memory(NamedTuple):
     frozen: float
     training: float
     writing: float
+    merged: float = 0.0  # a student that had an adapter, once that is merged
 
     @property
     def peak(self) -> float:
-        """Training and writing take turns; the models stay."""
-        return self.student + self.frozen + max(self.training, self.writing)
+        """Training and writing take turns; the models stay, until a merged student is judged alone."""
+        trained = self.student + self.frozen + max(self.training, self.writing)
+        return max(trained, self.merged + max(self.frozen, self.writing))
 
 
 def memory(
-    student: Shape, frozen: Mapping[str, Shape], micro_tokens: int, length: int, cuda: bool
+    student: Shape,
+    frozen: Mapping[str, Shape],
+    micro_tokens: int,
+    length: int,
+    cuda: bool,
+    checkpointing: bool = False,
 ) -> Memory:
-    """What a cell holds: 16 N of the student (fp32 weights and gradients, two moments of Adam) and 2 N of its cast in autocast;
-    the frozen models' weights; 34 T H L of activations in bf16, no attention matrix   (Korthikanti et al. 2022,
-    arXiv:2205.05198, eq. 2), the logits of a chunk of both models with their gradients, and the head's; or the keys and
-    values of a block of samples of `length` tokens."""
+    """What a cell holds: 16 N of the student (fp32 weights and gradients, two moments of Adam) and 2 N of its cast in autocast,
+    or as much of its adapter beside the frozen weights, and 4 N once that is merged, in fp32; the frozen models' weights; 34 T H L
+    of activations in bf16, no attention matrix   (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2), with gradient checkpointing
+    34 T H of one layer and 2 T H at the border of each   (ibid., sec. 5); the logits of a chunk of both models with their
+    gradients, and the head's; or the keys and values of a block of samples of `length` tokens."""
     from harness.models.hf import CACHE_BYTES, ROWS
     from harness.objectives.chunked import ACCELERATOR_BYTES, CHUNK_BYTES
 
     itemsize = 2 if cuda else 4
     chunk = ACCELERATOR_BYTES if cuda else CHUNK_BYTES["cpu"]
-    activations = 17 * itemsize * micro_tokens * student.hidden * student.layers
+    layers = 17 + student.layers if checkpointing else 17 * student.layers
+    activations = itemsize * micro_tokens * student.hidden * layers
+    own = 4.0 if student.adapter or student.itemsize is None else student.itemsize
+    trained = student.trained * (4 * own + (2 if cuda and own == 4 else 0))
+    below = student.weights(cuda, itemsize) if student.adapter else 0.0
     head = 4 * student.vocabulary * student.hidden
     widest = max([student, *frozen.values()], key=lambda each: each.hidden)
     passing = 8 * itemsize * micro_tokens * widest.hidden  # of a frozen model: a layer at a time
@@ -148,10 +211,11 @@ def memory(
         for each in (student, *frozen.values())
     ]
     return Memory(
-        student.parameters * (16 + (2 if cuda else 0)),
-        sum(each.parameters for each in frozen.values()) * itemsize,
+        trained + below,
+        sum(each.weights(cuda, itemsize) for each in frozen.values()),
         activations + 4 * chunk + head + passing,
         max(caches),
+        4.0 * student.parameters if student.adapter else 0.0,
     )
 
 

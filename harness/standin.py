@@ -6,7 +6,8 @@ A token is a byte of its text, and of a prompt every fourth character (a token o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,25 +16,41 @@ from scipy.special import betaincinv
 from harness.lab import Workbench
 from harness.models.decoding import Block, sample_ranges
 from harness.models.scripted import Reply, Scripted
+from harness.problems import render
 from harness.types import Capability, Ids, Problem, Request, Sampling, Scores, Trace, Verdict
 
 CHARACTERS = 4  # of a token
 SPREAD = 0.5  # of pass rates: 0 is all or nothing, large is all alike
 STEP = 48  # tokens of a reasoning step
+GOLDEN = (5**0.5 - 1) / 2
+PROMPT = 400  # characters of a problem that is not here
 RIGHT, WRONG = "right", "wrong"
 
 
 class StandIn(Scripted):
     """A language model whose traces have the assumed length (times 0.5 to 1.5), and whose pass rates over the problems follow
-    Beta(SPREAD r, SPREAD (1 - r)) around the assumed r: most are near 0 or 1. What is hard for one is hard for all."""
+    Beta(SPREAD r, SPREAD (1 - r)) around the assumed r: most are near 0 or 1. What is hard for one is hard for all. Shown a hint it is
+    right at r at least."""
 
     capabilities: frozenset[Capability] = frozenset(("generate", "score", "logits"))
     pad = 256
     version: str | None = None
 
-    def __init__(self, name: str, parameters: int, length: int, rate: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameters: int,
+        length: int,
+        rate: float,
+        trained: int | None = None,
+        price: Mapping[Any, float] | None = None,  # of a server's tokens
+        difficulty: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__(self._write, name=name, capabilities=self.capabilities)
+        self.price = price
         self.num_parameters, self.length, self.rate = parameters, length, rate
+        self.num_trained = parameters if trained is None else trained
+        self.difficulty = difficulty or {}  # quantiles by problem; else drawn from its id
         self.model = torch.nn.Linear(1, 1)  # what a trainer may hold
         self.device = torch.device("cpu")
         self.trained = 0
@@ -54,6 +71,11 @@ class StandIn(Scripted):
     def touch(self) -> None:
         self.trained += 1
 
+    def rest(self) -> None:
+        """It holds nothing."""
+
+    recompute = rest
+
     def freeze(self) -> StandIn:
         return self
 
@@ -71,6 +93,16 @@ class StandIn(Scripted):
             for sample in block.samples
         ]
 
+    def _trace(self, request: Request, index: int, sampling: Sampling) -> Trace:
+        trace = super()._trace(request, index, sampling)
+        if self.price is None:
+            return trace
+        read = len(request.encoded(self)) + trace.prefix
+        return replace(trace, usage=(read, len(trace.tokens) - trace.prefix))
+
+    def take_lost(self) -> tuple[int, int]:
+        return 0, 0
+
     def score(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Scores]:
         return [self._view(len(response)) for _, response in pairs]
 
@@ -84,7 +116,10 @@ class StandIn(Scripted):
         drawn = self.length * (0.5 + _share(self.name, problem.id, index, "length"))
         left = max(STEP, int(drawn) - len(request.prefix))
         shape = SPREAD * self.rate, SPREAD * (1 - self.rate)
-        mine = betaincinv(*shape, _share("difficulty", problem.id))
+        quantile = self.difficulty.get(problem.id) or _share("difficulty", problem.id)
+        mine = float(betaincinv(*shape, quantile))
+        if request.prompt != render(problem):  # told more than the problem, such as its answer
+            mine = max(mine, self.rate)
         end = RIGHT if _share(self.name, problem.id, index, request.prefix[:8]) < mine else WRONG
         opening = "" if request.prefix else "<think>\n"
         closing = f"</think>\n{end}"
@@ -125,6 +160,28 @@ class Judge:
 
     def reward(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         return [_share(self.name, *pair) for pair in pairs]
+
+
+def problems(name: str, domain: str, count: int) -> list[Problem]:
+    """Problems of a set that is not here; with an answer, or with tests in code."""
+    code = domain == "code"
+    return [
+        Problem(
+            f"{name}/{i}",
+            f"{name} {i} ".ljust(PROMPT, "."),
+            answer=None if code else "1",
+            tests="" if code else None,
+            domain=domain,
+            source=name,
+            verifier="code" if code else "math",
+        )
+        for i in range(count)
+    ]
+
+
+def spaced(sample: Sequence[Problem]) -> dict[str, float]:
+    """Difficulties of a sample that leave no gap: quantiles 1/2 + k phi, modulo 1, phi the golden ratio (Weyl's sequence)."""
+    return {problem.id: (0.5 + k * GOLDEN) % 1 for k, problem in enumerate(sample)}
 
 
 def _share(*parts: Any) -> float:

@@ -37,7 +37,8 @@ def sentences(plan: Mapping[str, Any]) -> Iterator[str]:
             yield f"{label} could not be planned: {arm['failed']}; a larger sample may help (--probe)"
     where = plan["gpu"] or "this machine"
     answers, times, workers = plan["evaluation"], plan["hours"], plan["workers"]
-    yield f"Evaluation: {plan['cells']} students write {amount(answers['tokens'])} tokens"
+    but = f", without {', '.join(answers['missing'])}" if answers["missing"] else ""
+    yield f"Evaluation: {plan['cells']} students write {amount(answers['tokens'])} tokens{but}"
     if times["whole"] is not None:
         line = (
             f"Hours on {where}: {hours(times['whole'])} ({hours(times['training'])} of training cells, "
@@ -46,6 +47,12 @@ def sentences(plan: Mapping[str, Any]) -> Iterator[str]:
         yield line + (f"; {workers} workers side by side" if workers > 1 else "")
     else:
         yield "Hours: name a GPU with --gpu, as the models are not here to be timed"
+    charged, spent = plan["total"]["charged"], plan["total"]["spent"]
+    if charged.get("teacher_read"):
+        yield (
+            f"The teacher's server reads {amount(charged['teacher_read'])} tokens of prompts alone, {amount(spent['teacher_read'])} with "
+            f"sharing, and costs {charged['cost']:.4g} alone, {spent['cost']:.4g} with sharing, at the suite's prices"
+        )
     if plan["cost"] is not None:
         yield f"Cost: {plan['cost']:,.2f} at {plan['price']:g} an hour, as told"
     memory, disk = plan["memory"], plan["disk"]
@@ -57,6 +64,11 @@ def sentences(plan: Mapping[str, Any]) -> Iterator[str]:
         f"Peak memory of a worker: {size(memory['peak'])}{fits}: student with optimizer {size(memory['student'])}, "
         f"frozen models {size(memory['frozen'])}, and the larger of training {size(memory['training'])} "
         f"and sampling {size(memory['writing'])}"
+        + (
+            f"; merged, to be judged, the student is {size(memory['merged'])}"
+            if memory["merged"]
+            else ""
+        )
     )
     yield (
         f"Disk: students {size(disk['students'])}, checkpoints while running {size(disk['checkpoints'])}, "

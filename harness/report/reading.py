@@ -400,7 +400,26 @@ def conditions(comparison: Comparison) -> str:
         f"Verdicts are conditional on the teacher's samples (data_seeds: {seeds}), which methods and training seeds share; "
         "another draw of them could move every number, and a suite with data_seeds: [0, 1] draws them again."
     )
-    return " ".join([said, *_tuning(comparison)])
+    return " ".join([said, *_tuning(comparison), *_served(comparison)])
+
+
+def _served(comparison: Comparison) -> Iterator[str]:
+    """What a teacher behind a server read and cost, all students of an arm together; nothing where there was none."""
+    arms = {row["method"]: row.get("ledger") or {} for row in comparison.summary.get("arms", ())}
+    said = []
+    for label, ledger in arms.items():
+        amounts = []
+        for column in ("charged", "spent"):
+            mine = ledger.get(column, {})
+            money = f" for {amount('cost', mine['cost'])}" if mine.get("cost") else ""
+            amounts.append(f"{column} {amount('', mine.get('teacher_read', 0))}{money}")
+        if any(ledger.get(column, {}).get("teacher_read") for column in ("charged", "spent")):
+            said.append(f"{label} {', '.join(amounts)}")
+    if said:
+        yield (
+            "The teacher is behind a server. Its prompt tokens, and what prompts and answers cost at the suite's prices, alone (charged) and "
+            f"after sharing (spent): {'; '.join(said)}."
+        )
 
 
 def _tuning(comparison: Comparison) -> Iterator[str]:
@@ -630,6 +649,8 @@ def amount(quantity: str, value: float) -> str:
     """12.3k tokens, 2.1e15 FLOPs, 84 s: without the unit where a column names it."""
     if not value:
         return "0"
+    if quantity == "cost":
+        return f"{value:.4g}"
     if quantity == "flops":
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -13,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks import CHECKPOINTS
+from benchmarks import CHECKPOINTS, SUITES
 from harness import sizes
-from harness.config import Experiment
+from harness.config import Experiment, load
 from harness.doctor import Finding, _losses, examine
 from harness.models.hf import HFModel
 from harness.types import Example
-from tests.benches import model
+from tests.benches import FULL, model, without_weights
 
 Defect = Callable[[Path, Path], dict[str, Any] | None]  # (student, teacher) -> changes of the suite
 
@@ -217,7 +218,7 @@ def no_memory(student: Path, teacher: Path) -> dict[str, Any]:
 
 
 def adapter(student: Path, teacher: Path) -> dict[str, Any]:
-    return {"student": {"model": str(student), "adapter": {"r": 16}}}
+    return {"student": {"model": str(student), "adapter": {"targets": ["query"]}}}
 
 
 def elsewhere(student: Path, teacher: Path) -> dict[str, Any]:
@@ -256,7 +257,7 @@ DEFECTS: list[tuple[Defect, str, str, str]] = [
     (dropout, "problem", "self-KL", "set the dropouts in its config.json to 0"),
     (no_room, "problem", "disk", "write elsewhere"),
     (no_memory, "problem", "memory", "lower workers"),
-    (adapter, "problem", "models", "leave `adapter` out"),
+    (adapter, "problem", "suite", "the linear modules of this model are down_proj"),
     (elsewhere, "note", "models", "hf download"),
     (too_hard, "note", "teacher's responses", "take easier problems"),
 ]  # fmt: skip
@@ -334,3 +335,106 @@ def test_a_loss_that_depends_on_the_batch_is_told(monkeypatch: pytest.MonkeyPatc
 def test_memory_is_that_of_the_plan(folders: tuple[Path, Path]) -> None:
     shape = sizes.shape(str(folders[0]), {})
     assert shape.parameters == model("student").num_parameters
+
+
+# Models and data that are not here
+
+
+def full(name: str, *overrides: str) -> dict[str, list[Finding]]:
+    """What is said of a full-size suite, by subject."""
+    found: dict[str, list[Finding]] = {}
+    for each in examine(name, overrides):
+        assert "\n" not in each.text
+        found.setdefault(each.subject, []).append(each)
+    return found
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_size_suite_is_accepted_without_its_models_and_data(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RETORT_DATA", raising=False)
+    found = full(name)
+    assert not [each for group in found.values() for each in group if each.level == "problem"]
+    setting = load(SUITES / f"{name}.yaml")
+    for subject in (
+        *(f"training on {each}" for each in setting.problems),
+        *(f"benchmark {each}" for each in setting.benchmarks),
+    ):
+        (told,) = found[subject]
+        assert told.level == "note" and "could not be looked at" in told.text
+        assert "RETORT_DATA=DIR" in told.text
+    assert ["student" in each.text for each in found["models"]] == [True, False]
+    assert "GiB of a GPU for one worker" in found["memory"][0].text
+
+
+def test_vllm_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of models that are elsewhere it is a note; a run with those that are here is refused before it begins."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "vllm" else real(name)
+    )
+    monkeypatch.delenv("RETORT_VLLM", raising=False)
+    (said,) = full("heal-paper")["vllm"]
+    assert said.level == "note" and "pip install 'retort[vllm]'" in said.text
+    assert "vllm" not in full("qwen3-math")
+    (refused,) = examine("quickstart", ["teacher={model: micro/teacher, engine: vllm}"])
+    assert (refused.level, refused.text) == ("problem", said.text)
+
+
+def test_what_configurations_and_tokenizers_tell_without_weights(tmp_path: Path) -> None:
+    student, teacher = without_weights(tmp_path)
+    pair = (f"student={student}", f"teacher={teacher}")
+    found = full("qwen3-math", *pair)
+    assert found["student's positions"] == [
+        Finding("ok", "student's positions", "40960 for prompt and response")
+    ]
+    (vocabulary,) = found["vocabulary"]
+    assert vocabulary.level == "note"
+    assert vocabulary.text.startswith("heads of 151936 (student) and 151936 rows (teacher)")
+    # 18 and 2 N of the student (it is the base, too), 2 N of the teacher; a checkpointed pass of training.max_length is less than keys
+    # and values of 4 samples of 16,384 and 512 tokens
+    training = (34 + 2 * 28) * 18432 * 2048 + 4 * 2**28 + 4 * 151936 * 2048 + 16 * 18432 * 4096
+    writing = 4 * 2 * 28 * 1024 * 2 * (16384 + 512)
+    need = 20 * 1_720_574_976 + 2 * 8_190_735_360 + max(training, writing)
+    (held,) = found["memory"]
+    assert held.text.startswith(f"about {need / 2**30:.0f} GiB of a GPU")
+    for folder in (student, teacher):
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(CHECKPOINTS["micro/student"] / file, folder)
+    assert full("qwen3-math", *pair)["vocabulary"] == [
+        Finding("ok", "vocabulary", "the same for both")
+    ]
+    reordered(Path(student), Path(teacher))
+    (vocabulary,) = full("qwen3-math", *pair)["vocabulary"]
+    assert vocabulary.level == "problem" and vocabulary.text.startswith("fkl, gkd, hard-filter, paced, vcrd: ")  # fmt: skip
+    text = ("methods={sft: {}}", "reference=sft")
+    assert "vocabulary" not in full("qwen3-math", *pair, *text)  # nobody compares token by token
+
+
+def test_positions_of_a_model_without_weights(tmp_path: Path) -> None:
+    student, teacher = without_weights(tmp_path, max_position_embeddings=8192)
+    found = full("qwen3-math", f"student={student}", f"teacher={teacher}")
+    (told,) = found["teacher's positions"]
+    assert told.level == "problem" and told.text.endswith("lower sampling.max_new_tokens")
+    assert found["student's positions"][0].level == "ok"
+
+
+def test_a_mistake_is_found_beside_data_that_are_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RETORT_DATA", raising=False)
+    for wrong, words in (
+        ("problems={maths: {}}", "did you mean 'math'"),
+        ("benchmarks.mth500={}", "did you mean 'math500'"),
+        ("methods.paced.alpha=99", "alpha"),
+    ):
+        (told,) = examine("qwen3-math", [wrong])
+        assert told.level == "problem" and words in told.text
+
+
+def test_a_healthy_pair_is_looked_at_without_a_benchmarks_data(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RETORT_DATA", raising=False)
+    findings = examine(suite(folders, benchmarks={"micro_math": {"limit": 20}, "aime24": {}}))
+    assert [(each.level, each.subject) for each in troubles(findings)] == [("note", "benchmark aime24")]  # fmt: skip
+    assert "self-KL" in {each.subject for each in findings}

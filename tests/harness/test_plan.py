@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from harness import plan, problems, sizes
+from benchmarks import SUITES
+from harness import config, plan, problems, sizes, standin
 from harness.config import Experiment
 from harness.ledger import Ledger
 from harness.models.decoding import Block
+from harness.models.hf import CACHE_BYTES
 from harness.plan import forecast
 from harness.probe import BLOCKS, Blocks, Costs, spread
 from harness.report import plan as said
 from harness.standin import StandIn
 from harness.types import Example, OnPolicy, Problem, Request, Sampling
+from tests.benches import without_weights
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference"
 TOKENS = ("teacher_generated", "teacher_scored", "student_generated", "trained")
@@ -207,6 +211,64 @@ def test_a_model_of_unknown_size_is_refused() -> None:
         forecast(small(teacher="nobody/Large"), quiet=True)
 
 
+def test_the_full_size_suite_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of its arms, from configurations alone: no weights, no data, no network."""
+    monkeypatch.delenv("RETORT_DATA", raising=False)
+    student, teacher = without_weights(tmp_path)
+    keep = ["sft", "fkl"]
+    data = config.load(
+        SUITES / "qwen3-math.yaml",
+        [f"student={student}", f"teacher={teacher}", "training.gradient_checkpointing=false"],
+    ).model_dump()
+    data["methods"] = {label: data["methods"][label] for label in keep}
+    result = forecast(Experiment.model_validate(data), gpu="H100 SXM", price=2.5, num_problems=16, quiet=True)  # fmt: skip
+    # Weights: a head, an embedding unless it is the head; in a layer q, k, v, o, the MLP's three, and norms.
+    n, big = 151936 * 2048, 2 * 151936 * 4096
+    n += 28 * (2 * 2048 * 16 * 128 + 2 * 2048 * 8 * 128 + 3 * 2048 * 6144 + 2 * 2048 + 2 * 128) + 2048  # fmt: skip
+    big += 36 * (2 * 4096 * 32 * 128 + 2 * 4096 * 8 * 128 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128) + 4096  # fmt: skip
+    assert (n, big) == (1_720_574_976, 8_190_735_360)
+    memory = result["memory"]
+    assert memory["student"] == 18 * n and memory["frozen"] == 2 * big  # nobody asks the base
+    # An example of max_length has a pass of its own: 34 T H L, the chunks, the head's gradient, the teacher's layer.
+    tokens = 18432
+    passing = 34 * tokens * 2048 * 28 + 4 * 2**28 + 4 * 151936 * 2048 + 16 * tokens * 4096
+    assert memory["training"] == passing
+    # Keys and values of a sequence, 2 * 28 layers * 8 heads * 128 * 2 bytes a token: 4 of the student's are 8 GiB, 3 of the teacher's.
+    row = 2 * 28 * 1024 * 2 * (16384 + 140)
+    assert memory["writing"] == pytest.approx(CACHE_BYTES // row * row, rel=0.005)
+    assert memory["peak"] == memory["student"] + memory["frozen"] + passing > result["gpu_memory"]
+    # 2,000 problems, 4 samples of 4,096 tokens; 12,800 of those trained on, in fp32 6 N of FLOPs a token
+    arm = result["arms"]["sft"]["cell"]
+    assert arm["teacher_generated"] == pytest.approx(2000 * 4 * 4096, rel=0.1)
+    assert arm["trained"] == pytest.approx(12800 * (4096 + 140), rel=0.1)
+    asked = 2 * big * arm["teacher_generated"]
+    assert arm["flops"] == pytest.approx(6 * n * arm["trained"] + asked, rel=0.05)
+    # Training at 35 % of 989e12; writing reads 16.4e9 bytes of weights and the rows' caches a step.
+    later = result["arms"]["sft"]["hours"]["later"]
+    assert later == pytest.approx(6 * n * arm["trained"] / (989e12 * 0.35) / 3600, rel=0.02)
+    rows = int(80e9 / 4 // (2 * 36 * 1024 * 2 * 4096))
+    step = (2 * big + rows * 2 * 36 * 1024 * 2 * 2048) / 3.35e12 / 0.35
+    wrote = arm["teacher_generated"] / rows * step / 3600
+    assert result["arms"]["sft"]["hours"]["first"] - later == pytest.approx(wrote, rel=0.05)
+    # As the suite has it: 34 T H of one layer and 2 T H at the border of each, which fits; and 2 N more FLOPs a token.
+    data["training"]["gradient_checkpointing"] = True
+    again = forecast(Experiment.model_validate(data), gpu="H100 SXM", num_problems=16, quiet=True)
+    saved = 34 * tokens * 2048 * 28 - (34 + 2 * 28) * tokens * 2048
+    held = again["memory"]
+    assert held["training"] == passing - saved < held["writing"] == memory["writing"]
+    assert held["peak"] == held["student"] + held["frozen"] + held["writing"] < again["gpu_memory"]
+    assert again["arms"]["sft"]["cell"]["flops"] == arm["flops"]
+    assert again["arms"]["sft"]["hours"]["later"] == pytest.approx(later * 8 / 6, rel=0.02)
+    said_of = " ".join(said.sentences(result))
+    for words in (
+        "TOO LITTLE",
+        "2,000 problems assumed",
+        "without math500, aime24, aime25",
+        "its config.json",
+    ):
+        assert words in said_of
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"gpu": "h1000"}, "did you mean 'h100'"), ({"utilisation": 35}, "a share of the data sheet")],
@@ -219,7 +281,7 @@ def test_mistakes(options: dict[str, Any], words: str) -> None:
 def test_a_stand_in_is_as_long_and_as_right_as_assumed() -> None:
     model = StandIn("teacher", 10, 500, 0.7)
     items = [Problem(f"p{i}", "x", "math", "1") for i in range(300)]
-    requests = [Request("x", problem) for problem in items]
+    requests = [Request(problems.render(problem), problem) for problem in items]
     traces = [
         trace
         for group in model.generate(requests, Sampling(n=4, max_new_tokens=5000))
@@ -235,6 +297,25 @@ def test_a_stand_in_is_as_long_and_as_right_as_assumed() -> None:
     before = model.identity
     model.touch()
     assert model.identity != before
+
+
+def test_difficulties_of_a_sample_leave_no_gap() -> None:
+    items = [Problem(f"p{i}", "x", "math", "1") for i in range(32)]
+    found = sorted(standin.spaced(items).values())
+    assert max(b - a for a, b in itertools.pairwise([0.0, *found, 1.0])) < 2.5 / 32
+    # Those of a smaller sample are as even, so that both see the same share of hard problems.
+    assert abs(sum(value < 0.25 for value in found) - 8) <= 1
+    hard = StandIn("teacher", 10, 500, 0.7, difficulty={"p0": 0.05, "p1": 0.95})
+
+    def right(hint: str | None) -> list[int]:
+        requests = [Request(problems.render(p, hint), p) for p in items[:2]]
+        drawn = hard.generate(requests, Sampling(n=50, max_new_tokens=5000))
+        return [sum(trace.text.endswith("right") for trace in group) for group in drawn]
+
+    assert right(None)[0] < 5 and right(None)[1] > 45
+    assert (
+        25 < right("1")[0] < 45 < right("1")[1]
+    )  # a hint helps where help is needed, at the assumed rate
 
 
 # By hand
@@ -307,6 +388,16 @@ def test_memory_by_hand() -> None:
     assert held.training == 34 * 64 * 16 * 2 + 4 * 2**28 + 4 * 100 * 16 + 16 * 64 * 32
     assert held.writing == 512 * SHAPE.cache(10, 2)  # a row of it is larger than the teacher's
     assert held.peak == held.student + held.frozen + held.training
+
+
+def test_a_long_example_has_a_pass_of_its_own() -> None:
+    training = config.Training(micro_tokens=100, max_length=500)
+    assert [sizes.pass_tokens(training, length) for length in (50, 300, 900)] == [100, 300, 500]
+
+
+def test_a_gpu_may_be_written_as_its_maker_writes_it() -> None:
+    names = ("h100", "H100 SXM", "RTX 4090", "A100-40")
+    assert [sizes.gpu(name) for name in names] == [sizes.GPUS[k] for k in ("h100", "h100", "rtx4090", "a100-40")]  # fmt: skip
 
 
 def test_writing_by_hand() -> None:

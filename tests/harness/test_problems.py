@@ -155,6 +155,25 @@ def test_without_the_hub_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -
         problems.load("gsm8k", "test")
 
 
+def test_rows_that_no_network_brings_are_told_from_mistakes(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(problems.Absent, match="holds release v1 only"):
+        problems.load("livecodebench", "test", release="v6")
+    with pytest.raises(ValueError, match="unknown release") as error:
+        problems.load("livecodebench", "test", release="v66")
+    assert not isinstance(error.value, problems.Absent)
+    monkeypatch.delenv("RETORT_DATA")
+    with pytest.raises(problems.Absent):
+        problems.load("math500", "test")
+
+
+def test_aime_is_read_as_the_hub_has_it() -> None:
+    rows = [{"ID": "1983-1", "Year": 1983, "Problem Number": 1, "Question": "Q", "Answer": "60", "Part": None}]  # fmt: skip
+    (found,) = problems._problems(problems.TABLE["aime"], (("place", row) for row in rows))
+    assert (found.id, found.prompt, found.answer, found.domain) == ("aime/1983-1", "Q", "60", "math")  # fmt: skip
+
+
 def test_the_revision_is_of_the_rows(data: Path) -> None:
     table = problems.TABLE["math500"]
     before = table.revision
@@ -361,6 +380,13 @@ if DATA:
         assert len(problems.load(name, "test")) == test
         if train:
             assert sum(len(problems.load(name, split)) for split in ("train", "dev")) == train  # type: ignore[arg-type]
+
+    def test_real_data_aime_of_the_years_before() -> None:
+        found = problems.load("aime", "train") + problems.load("aime", "dev")
+        assert len(found) == 975 and all(p.answer and p.answer.isdigit() for p in found)
+        assert not problems.decontaminate(found, {"aime24": problems.load("aime24", "test")})[1][
+            "dropped"
+        ]
 
     def test_real_data_subjects_of_math() -> None:
         found = problems.load("math", "test")

@@ -194,6 +194,27 @@ def test_a_paper_budgets_own_setting_is_the_papers() -> None:
         space(suite(ranges, **more), "fkl")
 
 
+def test_an_arm_whose_paper_has_no_budget_states_its_own() -> None:
+    """Beside arms at their papers' recipes; fields and training are still the paper's, where it has them."""
+    methods: dict[str, Any] = {"fkl": {}, "heal": {"budget": {"steps": 70}, "training": {"clip": 0.5}}}  # fmt: skip
+    setting = suite(methods=methods, reference="fkl", budget="paper")
+    heal, training, budget = cell.recipe(setting, "heal")
+    assert (budget.steps, training.batch_size, training.clip) == (70, 8, 0.5)
+    assert (
+        heal.model_dump()["first_step"] == "never"
+    )  # the paper's; the method's own is "reference"
+    assert cell.recipe(setting, "fkl")[2].steps == 820
+    for wrong, words in (
+        ({"heal": {}}, "this one has none, so give the arm its own"),
+        ({"heal": {"budget": {"stepz": 70}}}, "did you mean 'steps'"),
+        ({"fkl": {"budget": {"steps": 821}}}, "at most the suite's"),
+        ({"gkd": {"budget": {"steps": 5}}}, "needs a paper.yaml with a budget beside gkd"),
+    ):
+        (label,) = wrong
+        with pytest.raises(ValueError, match=words):
+            cell.recipe(suite(methods=wrong, reference=label, budget="paper"), label)
+
+
 def test_what_decides_a_trial_holds_the_arms_own_training() -> None:
     """Whoever says it: the arm, or the sweep that fixes it."""
     plain = of(suite(), "paced")
