@@ -68,6 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("suites")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_size_suite_runs_with_micro_models(name: str, place: Path) -> None:
     """Of real problems the models know no English: nothing of them is right, nothing breaks, all is counted."""
