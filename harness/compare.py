@@ -193,7 +193,14 @@ def check_models(
                     f"{label} needs a model {who!r}: name one under `models:` in the suite"
                 )
             if what not in offers[who]:
-                able = [a for a in sorted(registry.methods()) if need not in registry.get(a).needs]
+                able = [
+                    name
+                    for name in sorted(registry.methods())
+                    if not any(
+                        each.startswith(f"{who}.") and each.partition(".")[2] not in offers[who]
+                        for each in registry.get(name).needs
+                    )
+                ]
                 take = f"a Transformers model (`engine: hf`) as {who}"
                 if what == "reward":
                     take = (

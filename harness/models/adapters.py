@@ -6,6 +6,7 @@ W' = W + (alpha / r) B A   (Hu et al. 2021, arXiv:2106.09685, sec. 4.1)   A [r, 
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ class Files(NamedTuple):
 
 def attach(model: Any, adapter: Adapter, seed: int) -> None:
     """Freeze a model and give it an adapter, in fp32 and drawn from the seed; nothing else that is random moves."""
+    # peft loads bitsandbytes where that is installed, which then tells of a faster kernel for 4-bit weights; there are none.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import LoraConfig, inject_adapter_in_model
 
     targets(model, adapter)
