@@ -470,7 +470,12 @@ def _override(data: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = data
     for index, parent in enumerate(parents):
-        if isinstance(node.get(parent), (str, list)):  # short forms: a name, or a list of names
+        named = parents[: index + 1]
+        if isinstance(node.get(parent), str) and (
+            named in (["student"], ["teacher"]) or (len(named) == 2 and named[0] == "models")
+        ):
+            node[parent] = {"model": node[parent]}
+        elif isinstance(node.get(parent), (str, list)):  # short forms: a name, or a list of names
             names = [node[parent]] if isinstance(node[parent], str) else node[parent]
             node[parent] = {name: {} for name in names}
         elif node.get(parent) is None:

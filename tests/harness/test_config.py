@@ -37,6 +37,16 @@ def test_short_forms_and_overrides(suite: Path) -> None:
     assert setting.methods == {"sft": {"samples": 5}, "more": {"method": "sft", "keep": 2}}
 
 
+def test_an_override_of_a_model_that_has_only_a_name(suite: Path) -> None:
+    setting = config.load(suite, ["student.adapter.r=8", "teacher.engine=vllm", "models.judge=x/y"])
+    assert setting.student == {"model": "micro/student", "adapter": {"r": 8}}
+    assert setting.teacher == {"model": "micro/teacher", "engine": "vllm"}
+    more = config.load(suite, ["models.judge=x/y", "models.judge.dtype=bf16"])
+    assert more.models == {"judge": {"model": "x/y", "dtype": "bf16"}}
+    with pytest.raises(ValueError, match=r"student: unknown key 'adapter.rank'"):
+        config.load(suite, ["student.adapter.rank=8"])
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
