@@ -22,6 +22,24 @@ class Codec(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+class Coded:
+    """The text side of a model that has a codec."""
+
+    codec: Codec
+
+    def encode(self, prompt: str, system: str | None = None) -> Ids:
+        return self.codec.encode(prompt, system)
+
+    def raw(self, text: str) -> Ids:
+        return self.codec.raw(text)
+
+    def tokenize(self, text: str, *, end: bool = True) -> Ids:
+        return self.codec.tokenize(text, end=end)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.codec.decode(ids)
+
+
 class Bytes:
     """One token a byte of UTF-8, and four that mark the turns."""
 

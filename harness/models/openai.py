@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import httpx2
 
 from harness.config import Server
-from harness.models.codec import Codec
+from harness.models.codec import Codec, Coded
 from harness.models.decoding import Block, largest_power
 from harness.models.endpoint import Endpoint, Unusable
 from harness.models.noise import sample_seed
@@ -48,7 +48,7 @@ class Unfinished(ConnectionError):
         self.traces = traces
 
 
-class ServerModel:
+class ServerModel(Coded):
     """A `LanguageModel` that only writes. Its samples do not depend on what is asked beside them, so each is asked for once.
 
     Text becomes tokens by `codec`, the student's or the server model's own; only vLLM can be asked for the tokens themselves.
@@ -79,20 +79,6 @@ class ServerModel:
 
     def __repr__(self) -> str:
         return f"ServerModel({self.endpoint.url!r}, {self.name!r})"
-
-    # Text and tokens
-
-    def encode(self, prompt: str, system: str | None = None) -> Ids:
-        return self.codec.encode(prompt, system)
-
-    def raw(self, text: str) -> Ids:
-        return self.codec.raw(text)
-
-    def tokenize(self, text: str, *, end: bool = True) -> Ids:
-        return self.codec.tokenize(text, end=end)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.codec.decode(ids)
 
     @cached_property
     def end(self) -> int:

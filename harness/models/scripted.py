@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.models.codec import Bytes, Codec
+from harness.models.codec import Bytes, Codec, Coded
 from harness.types import Batch, Capability, Ids, Request, Sampling, Scores, Trace
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Answer = str | Reply
 Script = Sequence[Answer] | Callable[[Request, int], Answer]
 
 
-class Scripted:
+class Scripted(Coded):
     """Answers from a table: problem id -> texts (taken in turn, over and over), or a function of (request, sample index).
 
     An answer is what the model writes, after the request's prefix if there is one. `scores` and `logits` serve models that
@@ -53,18 +53,6 @@ class Scripted:
         self.identity = hashlib.sha256(f"scripted {name} {table!r}".encode()).hexdigest()
         self.vocabulary = self.codec.vocabulary
         self.vocabulary_digest = self.codec.vocabulary_digest
-
-    def encode(self, prompt: str, system: str | None = None) -> Ids:
-        return self.codec.encode(prompt, system)
-
-    def raw(self, text: str) -> Ids:
-        return self.codec.raw(text)
-
-    def tokenize(self, text: str, *, end: bool = True) -> Ids:
-        return self.codec.tokenize(text, end=end)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.codec.decode(ids)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Trace]]:
         self._need("generate")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.models.codec import Codec
+from harness.models.codec import Codec, Coded
 from harness.types import Batch, Capability, Ids, Problem, Request, Sampling, Scores, Trace
 
 Row = Mapping[str, Any]
@@ -29,7 +29,7 @@ class Coverage(NamedTuple):
     unused: int  # problems of the file that were not asked for
 
 
-class TraceFile:
+class TraceFile(Coded):
     """Replays a file's traces, matched by problem id or by the problem's text, white space apart.
 
     It writes nothing new: a problem gets as many samples as the file has, at most `n`. Verdicts in the file are not
@@ -52,18 +52,6 @@ class TraceFile:
             self._responses[normalised(problem)] += responses
         digest = hashlib.sha256(b"traces" + data + codec.vocabulary_digest.encode())
         self.identity = digest.hexdigest()
-
-    def encode(self, prompt: str, system: str | None = None) -> Ids:
-        return self.codec.encode(prompt, system)
-
-    def raw(self, text: str) -> Ids:
-        return self.codec.raw(text)
-
-    def tokenize(self, text: str, *, end: bool = True) -> Ids:
-        return self.codec.tokenize(text, end=end)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.codec.decode(ids)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Trace]]:
         """The first `n` traces of each problem, or those there are; longer than the limit, they are cut."""
