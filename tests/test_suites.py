@@ -1,4 +1,5 @@
-"""The suites that are shipped: each is valid, those on real text run, and the full-size ones with micro models in place."""
+"""The suites that are shipped: each is valid, those on real text run, and the full-size ones are planned, and run with
+micro models in place."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ import pytest
 from benchmarks import SUITES
 from harness import compare, config, registry
 from harness.compare import check
+from harness.config import load, model_spec
+from harness.plan import forecast
 from harness.space import space
 from tests.benches import FULL
 
@@ -109,3 +112,21 @@ def test_the_papers_suites_say_what_the_papers_recipes_say() -> None:
         assert {key: told[key] for key in paper["fields"]} == paper["fields"]
         training = setting.training.model_dump()
         assert {key: training[key] for key in paper["training"]} == paper["training"]
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_size_suite_is_planned_without_its_models_and_data(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At short responses, which are quick. Its doctor is asked the same in tests/harness/test_doctor.py."""
+    monkeypatch.delenv("RETORT_DATA", raising=False)
+    setting = load(SUITES / f"{name}.yaml")
+    found = forecast(name, gpu="H100 SXM", price=2.0, num_problems=24, tokens=512, quiet=True)
+    assert [*found["arms"]] == [*setting.methods]
+    assert not [label for label, arm in found["arms"].items() if "failed" in arm]
+    hours = found["hours"]
+    assert found["cost"] == pytest.approx(2.0 * hours["whole"]) and hours["training"] > 1
+    told = "\n".join(found["assumed"])
+    assert f"student {model_spec(setting.student).model} is not here" in told  # type: ignore[union-attr]
+    assert all(f"training on {each}: " in told for each in setting.problems)
+    assert {*found["evaluation"]["missing"]} == {*setting.benchmarks}
