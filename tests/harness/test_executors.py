@@ -45,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes of one core each; the second may be killed."""
+    """Two nodes of one core each beside the head, which runs no cell; either may be killed."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
@@ -55,8 +55,11 @@ def cluster() -> Iterator[Any]:
         quick = {"health_check_period_ms": 500, "health_check_failure_threshold": 2}
         made = Cluster(
             initialize_head=True,
-            head_node_args={**node, "include_dashboard": False, "_system_config": quick},
-        )
+            head_node_args={
+                **node, "num_cpus": 0, "include_dashboard": False, "_system_config": quick
+            },
+        )  # fmt: skip
+        made.add_node(**node)
         made.add_node(**node)
     yield made
     made.shutdown()
@@ -87,6 +90,13 @@ def run(tmp_path: Path, executor: Any, **changes: Any) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def half_way(name: str) -> bool:
+    """Whether this cell has a checkpoint, or its student (then it is being judged, or has ended)."""
+    cell = name.replace("--", "/")
+    points = (f"runs/{cell}/checkpoint.pt", f"models/{cell}/model.safetensors")
+    return any((Path("results/small") / point).is_file() for point in points)
+
+
 @pytest.mark.slow
 def test_a_node_is_killed_half_way_and_the_summary_is_the_same(
     whole: dict[str, Any],
@@ -97,21 +107,19 @@ def test_a_node_is_killed_half_way_and_the_summary_is_the_same(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RETORT_DATA", raising=False)
-    node = next(iter(cluster.worker_nodes))
-    raylet = node.all_processes["raylet"][0].process.pid
+    raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes]
     killed: list[str] = []
 
     def kill() -> None:
         while not killed:
-            for _, name in titled(r"^ray::(sft--\d)", raylet):
-                if (
-                    tmp_path / "results/small/runs" / name.replace("--", "/") / "checkpoint.pt"
-                ).is_file():
-                    for each in [psutil.Process(raylet), *psutil.Process(raylet).children(True)]:
-                        with contextlib.suppress(psutil.Error):
-                            each.kill()
-                    killed.append(name)
-                    return
+            for raylet in raylets:
+                for _, name in titled(r"^ray::(sft--\d)", raylet):
+                    if not killed and half_way(name):
+                        parent = psutil.Process(raylet)
+                        for each in [parent, *parent.children(True)]:
+                            with contextlib.suppress(psutil.Error):
+                                each.kill()
+                        killed.append(name)
             time.sleep(0.01)
 
     killer = threading.Thread(target=kill, daemon=True)
@@ -233,7 +241,7 @@ def test_a_job_that_its_time_limit_ends_goes_on(
     ended: list[int] = []
 
     def end() -> None:
-        while not (tmp_path / "results/small/runs/sft/0/checkpoint.pt").is_file():
+        while not half_way("sft--0"):
             time.sleep(0.01)
         jobs = json.loads((tmp_path / "results/small/slurm/jobs.json").read_text())
         for process in psutil.Process(int(jobs["sft--0"]["id"])).children():

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,15 @@ def identity(params: dict[str, Any], trial: optuna.Trial, report: Report) -> flo
 
 @dataclass(frozen=True)
 class Steps:
-    """Spends 8 to 15 units on a setting, keeps a checkpoint after each and a line for each in a log that all share."""
+    """Spends 8 to 15 units on a setting, keeps a checkpoint after each and a line for each in a log that all share.
+
+    Its workers kill themselves when the log has so many lines: the first in the middle of a trial, with a checkpoint
+    behind it and units before it; the others a random time later, wherever they are then.
+    """
 
     folder: Path
     seconds: float
+    kills: tuple[tuple[int, float], ...] = ()  # lines in the log, seconds after them
 
     def __call__(self, params: dict[str, Any], trial: optuna.Trial, report: Report) -> float:
         x = params["x"]
@@ -103,12 +109,26 @@ class Steps:
             time.sleep(self.seconds)
             with (self.folder / "units.log").open("a") as log:
                 log.write(f"{x!r} {unit} {trial.number} {os.getpid()}\n")
+            self.die(unit)
             partial = checkpoint.with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(unit + 1))
             os.replace(partial, checkpoint)
             trial.report(-abs(x - 0.3), unit)
             report("step", unit + 1, self.units(x))
         return -abs(x - 0.3)
+
+    def die(self, unit: int) -> None:
+        for nth, (lines, delay) in enumerate(self.kills):
+            doomed = any(thread.name == "doom" for thread in threading.enumerate())
+            if doomed or len(self.spent()) < lines or (nth == 0 and not 1 <= unit < 5):
+                continue
+            with suppress(FileExistsError):  # another's turn
+                (self.folder / f"killed-{nth}").touch(exist_ok=False)
+                doom = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+                doom.name, doom.daemon = "doom", True
+                doom.start()
+                if nth == 0:
+                    doom.join()
 
     @staticmethod
     def units(x: float) -> int:
@@ -124,47 +144,16 @@ class Steps:
 def work_and_kill(
     plan: Plan, folder: Path, workers: int, kills: int, seed: int
 ) -> tuple[optuna.Study, Steps, str]:
-    """Run the plan while a thread kills workers at random times, the first one in the middle of a trial."""
+    """Run the plan while workers die at random times, the first one in the middle of a trial."""
     folder.mkdir()
-    objective = Steps(folder, 0.04)
-    killed: list[int] = []
-    over = threading.Event()
-
-    def kill() -> None:
-        rng = random.Random(seed)
-        while len(objective.spent()) < 2 * workers:
-            if over.wait(0.02):
-                return
-        for turn in range(kills):
-            time.sleep(rng.uniform(0.05, 0.4))
-            alive = sorted(p.pid for p in multiprocessing.active_children() if p.pid)
-            pid = amid(objective, over) if turn == 0 else rng.choice(alive)
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
+    rng = random.Random(seed)
+    others = [(rng.randrange(2 * workers, 3 * plan.trials), rng.uniform(0, 0.2)) for _ in range(1, kills)]  # fmt: skip
+    objective = Steps(folder, 0.04, ((2 * workers, 0.0), *others))  # a trial has 6 units or more
     said = io.StringIO()
-    try:
-        with Display(plan.trials, console=Console(file=said, width=120)) as display:
-            study = run(plan, objective, workers, display)
-    finally:
-        over.set()
-        killer.join()
-    assert len(set(killed)) == kills
+    with Display(plan.trials, console=Console(file=said, width=120)) as display:
+        study = run(plan, objective, workers, display)
+    assert said.getvalue().count("was ended from outside (SIGKILL; out of memory?)") == kills
     return study, objective, said.getvalue()
-
-
-def amid(objective: Steps, over: threading.Event) -> int:
-    """A worker that is halted in the middle of a trial, with a checkpoint behind it and units before it."""
-    while not over.wait(0.01):
-        pid = objective.spent()[-1][3]
-        os.kill(pid, signal.SIGSTOP)  # or it might end the trial between this look and the kill
-        last = [row for row in objective.spent() if row[3] == pid][-1]
-        if 1 <= last[1] < 5:  # every trial has 6 units or more
-            return pid
-        os.kill(pid, signal.SIGCONT)
-    raise AssertionError("the trials ended before a worker was killed")
 
 
 def account(plan: Plan, study: optuna.Study, objective: Steps, kills: int) -> None:
@@ -212,7 +201,6 @@ def test_eight_workers_three_killed_forty_trials(tmp_path: Path) -> None:
     plan = journal(tmp_path, 40, sampler="tpe")
     study, objective, said = work_and_kill(plan, tmp_path / "work", workers=8, kills=3, seed=5)
     account(plan, study, objective, kills=3)
-    assert said.count("was ended from outside (SIGKILL; out of memory?)") == 3
     assert said.count("quick/paced/") >= 40 - 3 and "[40/40] " in said
     assert not [name for name in os.listdir(tmp_path / "study.log.leases") if name != "guard"]
     before = len(objective.spent())
@@ -397,12 +385,21 @@ def lookup(params: dict[str, Any], trial: optuna.Trial, report: Report) -> float
     return params["y"]
 
 
+@dataclass(frozen=True)
+class Held(Steps):
+    """Its trials stop in their middle until somebody lets them go on."""
+
+    def die(self, unit: int) -> None:
+        while unit == 3 and not (self.folder / "go").exists():
+            time.sleep(0.02)
+
+
 def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
     plan = journal(tmp_path, 4)
-    objective = Steps(tmp_path, 0.05)
+    objective = Held(tmp_path, 0.05)
     process = FORK.Process(target=run, args=(plan, objective, 2, Shown()))
     process.start()
-    while len({row[2] for row in objective.spent()}) < 2 or len(objective.spent()) < 5:
+    while [row[1] for row in objective.spent()].count(3) < 2:
         assert process.is_alive()
         time.sleep(0.02)
     assert process.pid is not None
@@ -412,6 +409,7 @@ def test_ctrl_c_loses_nothing(tmp_path: Path) -> None:
     study = open_study(plan)
     assert states(study) == ["FAIL", "FAIL"]
     assert all(t.user_attrs["stopped"] == t.number for t in study.trials)
+    (tmp_path / "go").touch()
     study = run(plan, objective, 1, Shown())
     account(plan, study, objective, kills=2)
 

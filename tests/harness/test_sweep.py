@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import cell, compare, problems
+from harness import cell, compare, problems, trial
 from harness import sweep as sweeps
 from harness.config import Budget, Experiment, parse
+from harness.ledger import Ledger
 from harness.report.sweep import leaderboard
 from harness.sweep import best_of_n, check_objective, sweep
 from harness.trial import _reports, _tell, dev_problems, scaled, smaller, surely_worse
@@ -250,21 +250,36 @@ def test_kill_9_anywhere_ends_in_the_same_trials(
     """The process, its only worker, is killed again and again; what was spent on steps done twice is on the record."""
     path = suite(tmp_path, sweep={"confirm_seeds": 0})
     code = (
-        "import sys; from tests.harness.test_sweep import tune; from pathlib import Path; "
-        "tune(Path(sys.argv[1]), trials=4)"
+        "import sys; from tests.harness.test_sweep import dying; from pathlib import Path; "
+        "dying(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
     )
-    log = tmp_path / "results/small/study.log"
-    for _ in range(2):  # a third death of one trial would end it
-        process = subprocess.Popen([sys.executable, "-c", code, str(path)])
-        seen = _steps(log.parent)
-        while process.poll() is None and _steps(log.parent) < seen + 3:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    # Twice in one trial (a third death would end it), then in the one that follows it.
+    for nth, steps in ((0, 3), (0, 6), (1, 5)):
+        command = [sys.executable, "-c", code, str(path), str(nth), str(steps)]
+        assert subprocess.run(command).returncode == -signal.SIGKILL
     study = tune(path, trials=4)["studies"][0]
     assert outcomes(study) == outcomes(whole[1])
-    assert max(row["tries"] for row in study["trials"]) > 1
-    assert any(row["lost"] for row in study["trials"])
+    assert [row["tries"] for row in study["trials"]] == [3, 2, 1, 1]
+    assert [row["lost"].get("steps", 0) for row in study["trials"]] == [2, 1, 0, 0]
+
+
+def dying(path: Path, nth: int, steps: int) -> None:
+    """The sweep until this trial of the process has so many steps on its record, and no checkpoint of the last."""
+    seen: list[trial._Run] = []
+    real = trial._Run._keep
+
+    def keep(self: trial._Run, ledger: Ledger | None) -> None:
+        if self not in seen:
+            seen.append(self)
+        last = len(seen) == nth + 1 and ledger is not None and ledger.spent["steps"] >= steps
+        if last:
+            self.saved = 0.0  # a record is written once a second otherwise
+        real(self, ledger)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trial._Run._keep = keep  # type: ignore[method-assign]
+    tune(path, trials=4)
 
 
 @dataclass(frozen=True)
@@ -281,17 +296,6 @@ class Known:
     def __call__(self, params: dict[str, Any], trial: Any, report: Any) -> float:
         _, top, where = next(each for each in self.BEST if each[0] == self.label)
         return top - 0.15 * (params["alpha"] - where) ** 2 - 0.1 * abs(params["beta"] - 1)
-
-
-def _steps(home: Path) -> float:
-    """Steps that running trials have on their record."""
-    total = 0.0
-    for file in home.rglob("progress.json"):
-        try:
-            total += json.loads(file.read_text())["spent"].get("steps", 0)
-        except FileNotFoundError:  # it ended
-            continue
-    return total
 
 
 def test_all_recovers_the_ranking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
