@@ -400,7 +400,7 @@ def test_what_may_pass_is_tried_again(server: Server, trouble: Reply) -> None:
 
 def test_a_server_that_hangs_is_left(server: Server) -> None:
     server.answer = lambda path, body, nth: "hang" if nth == 0 else chat("4")
-    assert writer(server, timeout=0.2).generate(asked("2+2=?"), PLAIN)[0][0].text == "4"
+    assert writer(server, timeout=1.0).generate(asked("2+2=?"), PLAIN)[0][0].text == "4"
     assert len(server.seen) == 2
 
 
@@ -411,9 +411,9 @@ def test_retry_after_is_honoured(server: Server, date: bool) -> None:
         return (429, {"error": "later"}, {"Retry-After": after}) if nth == 0 else chat("4")
 
     server.answer = busy
-    model = writer(server)
+    model, begun = writer(server), time.monotonic()
     (pause,) = [waits(model), model.generate(asked("2+2=?"), PLAIN)][0]
-    assert 38 <= pause <= 40
+    assert 39 - (time.monotonic() - begun) <= pause <= 40  # a date has whole seconds
     with pytest.raises(
         ConnectionError, match=r"asks to come back in \d+ s, with status 429: later"
     ):
