@@ -16,7 +16,7 @@ from harness import points
 ROWS = 2000  # problems of a table, those first on which the methods differ most
 SHOWN = 100  # samples of a student's table; all of them are in its Parquet file
 TEXT = 2000  # characters of a sample
-SILENT = 600  # seconds; a run that wrote nothing for so long has been ended
+SILENT = 600  # seconds; a run without a sign of life for so long has been ended, see points.BEAT
 LOG = "points.jsonl"  # beside run.json, see harness.points
 
 Row = Mapping[str, Any]

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,7 @@ from typing import Any
 import psutil
 
 EVERY = 10.0  # seconds between two samples of what a run uses
+BEAT = 60.0  # seconds between two signs of life, for phases that say nothing for long, as one answer of a large model
 MB = 2**20
 
 Row = dict[str, Any]
@@ -36,8 +39,11 @@ class Points:
         self._torn = False  # the last line has no end
         self._sampled = time.monotonic()
         self._cpu = _cpu_seconds()
+        self._over = threading.Event()
+        self._beats = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Points:
+        self._beats.start()
         return self
 
     def __exit__(
@@ -46,6 +52,8 @@ class Points:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._over.set()
+        self._beats.join()
         if self._file is not None:
             self.sample("end")
             if self._file is not None:
@@ -83,6 +91,13 @@ class Points:
             report(phase, done, total)
 
         return heard
+
+    def _beat(self) -> None:
+        """Say by the file's time that the run goes on."""
+        while not self._over.wait(BEAT):
+            if self._file is not None:
+                with suppress(OSError):
+                    os.utime(self._file)
 
     def _open(self) -> int:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 
 import pytest
 
+from harness import points
 from harness.points import Points, read
 
 ABOUT = {"key": "k1", "label": "sft", "seed": 1}
@@ -46,6 +48,22 @@ def test_another_run_does_not_go_on_with_the_file(tmp_path):
     Points(path, ABOUT).log(step=9, loss=1.0)
     Points(path, {**ABOUT, "key": "k2"}).log(step=1, loss=2.0)
     assert read(path).about["key"] == "k2" and [row["step"] for row in read(path).steps] == [1]
+
+
+def test_a_long_silence_is_no_death(tmp_path, monkeypatch):
+    """The file's time goes on without a line, as long as the run does."""
+    monkeypatch.setattr(points, "BEAT", 0.01)
+    path = tmp_path / "points.jsonl"
+    with Points(path, ABOUT) as run:
+        run.log(step=1, loss=1.0)
+        os.utime(path, (0, 0))
+        until = time.monotonic() + 60
+        while path.stat().st_mtime == 0 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert path.stat().st_mtime > 0 and len(lines(path)) == 2
+    os.utime(path, (0, 0))
+    time.sleep(0.1)
+    assert path.stat().st_mtime == 0
 
 
 def test_a_line_that_was_cut_costs_only_itself(tmp_path):
