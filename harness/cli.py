@@ -511,11 +511,11 @@ def benchmarks() -> None:
 
 
 @app.command()
-def doctor(suite: Suite, set_: Set = None) -> None:
+def doctor(suite: Suite, set_: Set = None, results: Results = RESULTS) -> None:
     """Say what would go wrong, and what to do: tokenizers, templates, truncation, losses, memory, missing extras."""
     from harness import doctor as checks
 
-    findings = checks.examine(suite, set_ or ())
+    findings = checks.examine(suite, set_ or (), results)
     style = {"ok": "green", "note": "yellow", "problem": "bold red"}
     for finding in findings:
         out.print(f"[{style[finding.level]}]{finding.level:>7}[/]  {finding.subject}: ", end="")

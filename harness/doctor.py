@@ -53,8 +53,10 @@ class Finding(NamedTuple):
     text: str
 
 
-def examine(suite: str | Experiment, overrides: Sequence[str] = ()) -> list[Finding]:
-    """All findings, in the order in which a run would meet them."""
+def examine(
+    suite: str | Experiment, overrides: Sequence[str] = (), results: Path = Path("results")
+) -> list[Finding]:
+    """All findings, in the order in which a run that writes to `results` would meet them."""
     setting = experiment(suite, overrides)
     use_data(setting)
     absent = away(setting)
@@ -93,7 +95,7 @@ def examine(suite: str | Experiment, overrides: Sequence[str] = ()) -> list[Find
     else:
         findings += _loaded(seen)
     findings += _memory(setting, here=not absent)
-    findings += _disk(setting, here=not absent)
+    findings += _disk(setting, results, here=not absent)
     findings += _extras(seen)
     return findings
 
@@ -629,7 +631,7 @@ def _memory(setting: Experiment, here: bool) -> Iterator[Finding]:
     )
 
 
-def _disk(setting: Experiment, here: bool) -> Iterator[Finding]:
+def _disk(setting: Experiment, results: Path, here: bool) -> Iterator[Finding]:
     """The students, and the checkpoints of cells at work: weights, moments, and weights between stages."""
     try:
         student = _shapes(setting)["student"]
@@ -638,8 +640,10 @@ def _disk(setting: Experiment, here: bool) -> Iterator[Finding]:
     cells = len(setting.methods) * setting.seeds * len(setting.data_seeds)
     need = 4 * (student.parameters + student.adapter) * cells
     need += 4 * student.trained * 6 * setting.workers
-    free = psutil.disk_usage(str(Path.cwd())).free
-    text = f"about {need / GIB:.2f} GiB of {free / GIB:.0f} GiB free for {cells} students and checkpoints, samples apart"
+    place = results.absolute()
+    there = next(folder for folder in (place, *place.parents) if folder.is_dir())
+    free = psutil.disk_usage(str(there)).free
+    text = f"about {need / GIB:.2f} GiB of {free / GIB:.0f} GiB free at {there} for {cells} students and checkpoints, samples apart"
     if need > 0.8 * free:
         text += ": it may run full; write elsewhere (--results), or take fewer seeds"
     if need > free and here:  # models that are not here will run elsewhere

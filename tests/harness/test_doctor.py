@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks import CHECKPOINTS, SUITES
-from harness import sizes
+from harness import doctor, sizes
 from harness.config import Experiment, load
 from harness.doctor import Finding, _losses, examine
 from harness.models.hf import HFModel
@@ -265,6 +266,18 @@ DEFECTS: list[tuple[Defect, str, str, str]] = [
 
 def troubles(findings: list[Finding]) -> list[Finding]:
     return [each for each in findings if each.level != "ok"]
+
+
+def test_the_disk_is_that_of_the_results(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the nearest folder that is there; the disk of where the command is given may be another."""
+    full = folders[0].parent / "full"
+    full.mkdir()
+    free = {str(full): 1.0, str(Path.cwd()): 1e15}
+    monkeypatch.setattr(doctor.psutil, "disk_usage", lambda at: SimpleNamespace(free=free[at]))
+    (said,) = (f for f in examine(suite(folders), results=full / "not/yet") if f.subject == "disk")
+    assert said.level == "problem" and f"free at {full} for" in said.text
 
 
 @pytest.mark.parametrize(
