@@ -10,10 +10,7 @@ this process, without any limit of time, equal strings parsed once as by ours: w
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed import machine, write
 from harness import verifiers
 from harness.problems import load
 from harness.types import Problem
@@ -77,7 +75,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("results/reference/speed/grading.json"))
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # the peer's: that it has no limit of time
-    load_before = os.getloadavg()[0]
+    here = machine()
     problems = load("math", "test", arguments.limit)
     ours(problems[:64], 2)
     peer(problems[:1])  # its imports
@@ -94,21 +92,14 @@ def main() -> int:
             f"{way}: {row['answers_per_second']:,.0f} answers/s, {row['ratio']:.2f} times plain calls; "
             f"{row['right']} of {len(problems)} right"
         )
-    environment = {
-        "packages": {name: metadata.version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load_before": load_before,
-    }
+    here["packages"] = {name: metadata.version(name) for name in PACKAGES}
     record = {
-        "environment": environment,
+        "environment": here,
         "answers": len(problems),
         "repeats": arguments.repeats,
         "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments.out, record)
     return 0
 
 

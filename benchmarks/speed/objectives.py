@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.speed import machine, write
 from harness.objectives import forward_kl, reverse_kl
 from harness.objectives.chunked import chunked_loss
 from harness.types import Objective, Tokens
@@ -285,15 +285,7 @@ def environment(threads: int) -> dict[str, Any]:
         peer: str | None = metadata.version("trl")
     except metadata.PackageNotFoundError:
         peer = None
-    return {
-        "torch": torch.__version__,
-        "trl": peer,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load_before": os.getloadavg()[0],
-    }
+    return {**machine(), "torch": torch.__version__, "trl": peer, "threads": threads}
 
 
 def main() -> int:
@@ -320,7 +312,6 @@ def main() -> int:
     found = environment(arguments.threads)
     rows = compare(arguments)
     print(table(rows))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "tokens": arguments.tokens,
         "vocabulary": arguments.vocabulary,
@@ -328,7 +319,7 @@ def main() -> int:
         "environment": found,
         "rows": [asdict(row) | {"of_trl": ratios(rows, row)} for row in rows],
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments.out, record)
     if not agree(rows):
         print("the implementations disagree: see loss and gradient in the record", file=sys.stderr)
         return 1

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import html
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -27,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.speed import machine, write
 from benchmarks.speed.chromium import Browser
 from harness import report, standing
 from harness.report import reading
@@ -162,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("results/reference/speed/report.json"))
     given = parser.parse_args(arguments)
-    load_before = os.getloadavg()[0]
+    here = machine()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (given.folder or Path(temporary)) / "large"
         cells = make(folder, ARMS, SEEDS, BENCHMARKS, PROBLEMS)
@@ -196,11 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{cells} cells, written in {write_seconds:.1f} s")
     record = {
         "environment": {
+            **here,
             "packages": {name: metadata.version(name) for name in ("pyarrow", "jinja2")},
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "load_before": load_before,
         },
         "cells": cells,
         "problems": PROBLEMS,
@@ -208,8 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "write_seconds": write_seconds,
         "rows": rows,
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(given.out, record)
     return 0
 
 

@@ -9,9 +9,7 @@ the median over repeats counts.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import PROBLEMS
+from benchmarks.speed import machine, write
 from harness.types import Problem
 from harness.verifiers import completion, sandbox, verify_many
 
@@ -75,7 +74,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("results/reference/speed/sandbox.json"))
     arguments = parser.parse_args()
-    load = os.getloadavg()[0]
+    here = machine()
     problems = PROBLEMS["micro_code"].load("train", arguments.checks)
     row = measure(problems, arguments.workers, arguments.repeats)
     rate = row["checks_per_second"]
@@ -83,23 +82,18 @@ def main() -> int:
         f"{rate['sandbox']:,.0f} checks/s in the sandbox ({sandbox.kind()}), "
         f"{rate['fresh interpreters']:,.0f} with a fresh interpreter each: {row['ratio']:.1f} times"
     )
-    environment = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
+    here |= {
         "sandbox": sandbox.kind(),
         "root": os.geteuid() == 0,
         "workers": arguments.workers,
-        "load_before": load,
     }
     record = {
-        "environment": environment,
+        "environment": here,
         "checks": len(problems),
         "repeats": arguments.repeats,
         "rows": {"micro_code": row},
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments.out, record)
     return 0
 
 

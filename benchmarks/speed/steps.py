@@ -9,9 +9,6 @@ of each. Both ways answer the same requests with the same sampling noise, in tur
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import CHECKPOINTS, PROBLEMS
+from benchmarks.speed import machine, write
 from harness.models.hf import HFModel
 from harness.problems import render
 from harness.types import Request, Sampling, Trace
@@ -91,7 +89,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("results/reference/speed/steps.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    load = os.getloadavg()[0]
+    here = machine()
     model = HFModel.load(CHECKPOINTS["micro/teacher"], name="micro/teacher").freeze()
     work = requests(arguments.requests)
     rows = {
@@ -105,18 +103,12 @@ def main() -> int:
             f"{rate['one at a time']:,.0f} one at a time: {row['ratio']:.1f} times; "
             f"{row['equal_samples']:.1%} of the samples are equal"
         )
-    environment = {
+    here |= {
         "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
         "device": str(model.device),
         "threads": arguments.threads,
-        "load_before": load,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment, "repeats": arguments.repeats, "rows": rows}
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments.out, {"environment": here, "repeats": arguments.repeats, "rows": rows})
     return 0
 
 

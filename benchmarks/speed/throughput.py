@@ -10,9 +10,7 @@ an engine does not. Random weights write until the limit, so there the tokens ar
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -31,6 +29,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import CHECKPOINTS, PROBLEMS
+from benchmarks.speed import machine, write
 from harness import models
 from harness.models.hf import HFModel, quiet
 from harness.models.vllm import python
@@ -167,7 +166,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))
-    load, rows = os.getloadavg()[0], {}
+    here, rows = machine(), {}
     place = Path(tempfile.mkdtemp(prefix="throughput-"))
     try:
         for name in [arguments.only] if arguments.only else list(WORK):
@@ -183,17 +182,8 @@ def main() -> int:
             print(f"{name}, {row['requests']} requests: {', '.join(said)}", flush=True)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    environment = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": arguments.threads,
-        "load_before": load,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment, "repeats": arguments.repeats, "rows": rows}
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    here |= {"torch": torch.__version__, "threads": arguments.threads}
+    write(arguments.out, {"environment": here, "repeats": arguments.repeats, "rows": rows})
     return 0
 
 
