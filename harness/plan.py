@@ -31,6 +31,7 @@ from harness.ledger import forward_flops
 from harness.models.hf import ROWS
 from harness.probe import TIMED, Cast, Costs, Walk, cast_of, readable, spread, training_problems
 from harness.progress import Display
+from harness.statistics import planned
 
 PROBLEMS = 256  # looked at by a walk
 ASSUMED = (
@@ -40,6 +41,8 @@ ASSUMED = (
 WRITTEN = 64 * 2048  # so that a sample of all has about so many tokens
 UTILISATION = 0.35  # of a GPU's FLOP/s and bandwidth, assumed
 STAGES = 3  # boundaries whose weights are kept while a cell runs, at most usually
+# How arms and seeds differ, where nothing is known yet: as in results/reference/quickstart on micro_math (the median pair)
+PILOT = {"interaction": 0.039, "seed": 0.000012, "noise": 0.093}
 ROW_BYTES = 10  # of a sampled token in the store, assumed where none was measured
 
 
@@ -168,6 +171,7 @@ def _result(
         "arms": rows,
         "total": {"charged": total.column("charged"), "spent": total.column("spent")},
         "evaluation": {"tokens": written, "missing": [*answers["missing"], *answers["unread"]]},
+        "detectable": _detectable(setting, answers["asked"]),
         "hours": {**times, "whole": whole_hours},
         "price": price,
         "cost": None if price is None or whole_hours is None else price * whole_hours,
@@ -176,6 +180,17 @@ def _result(
         "memory": _memory(setting, walk, on is not None or torch.cuda.is_available()),
         "disk": _disk(setting, cast.shapes["student"], total, asked, cells),
     }
+
+
+def _detectable(setting: Experiment, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The smallest difference of two arms that each benchmark will find four times in five; None on one seed, without verdicts."""
+    seeds = setting.seeds * len(setting.data_seeds)
+    arms = max(2, len(setting.methods))
+    found = {}
+    for name, design in asked.items():
+        estimate = planned(design["problems"], seeds, design["samples"], arms=arms, **PILOT)
+        found[name] = {**design, "seeds": seeds, "mde": estimate.mde if seeds > 1 else None}
+    return found
 
 
 def _how(walk: Walk, total: int) -> str:

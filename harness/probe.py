@@ -272,9 +272,10 @@ class Walk:
         return costs + meter.read() * self.grow
 
     def evaluation(self) -> dict[str, Any]:
-        """Tokens that one cell writes to answer the benchmarks, and seconds where they were measured."""
+        """Tokens that one cell writes to answer the benchmarks, seconds where they were measured, problems and samples of each."""
         student = self.cast.student(self.setting)
         found: dict[str, Any] = {"tokens": 0.0, "seconds": 0.0, "problems": 0, "missing": []}
+        found["asked"] = {}
         for name, given in self.setting.benchmarks.items():
             settings = evaluation.Setting.of(name, given)
             items = evaluation.problems_of(
@@ -295,6 +296,7 @@ class Walk:
             found["tokens"] += factor * sum(len(t.tokens) for group in drawn for t in group)
             found["seconds"] += factor * (time.perf_counter() - start)
             found["problems"] += len(items) * settings.n
+            found["asked"][name] = {"problems": len(items), "samples": settings.n}
         return found
 
 

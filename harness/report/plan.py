@@ -55,6 +55,8 @@ def sentences(plan: Mapping[str, Any]) -> Iterator[str]:
         )
     if plan["cost"] is not None:
         yield f"Cost: {plan['cost']:,.2f} at {plan['price']:g} an hour, as told"
+    if designs := plan["detectable"]:
+        yield from _detectable(designs)
     memory, disk = plan["memory"], plan["disk"]
     room = plan["gpu_memory"]
     fits = ""
@@ -76,6 +78,20 @@ def sentences(plan: Mapping[str, Any]) -> Iterator[str]:
     )
     yield f"Known from: {plan['how']}"
     yield from plan["assumed"]
+
+
+def _detectable(designs: Mapping[str, Any]) -> Iterator[str]:
+    seeds = next(iter(designs.values()))["seeds"]
+    if seeds == 1:
+        yield "One seed: accuracies, and no verdict on methods; another seed may turn any difference"
+        return
+    sizes = ", ".join(
+        f"{100 * found['mde']:.1f} points on {name}" for name, found in designs.items()
+    )
+    yield (
+        f"Smallest difference found four times in five: {sizes}, with {seeds} seeds, if arms and seeds differ as the "
+        "quickstart's do (docs/statistics.md: with variances of your own)"
+    )
 
 
 def _amounts(column: Mapping[str, float]) -> list[str]:

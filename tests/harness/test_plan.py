@@ -141,6 +141,23 @@ def test_data_seeds_share_nothing(found: dict[str, Any]) -> None:
     assert arm["charged"]["steps"] == 24 * 3 * 2
 
 
+def test_what_the_design_will_find(found: dict[str, Any]) -> None:
+    """V = 2 I / P + 2 / S (seed + noise / P) of 3 seeds and 20 problems; 80 % power asks for 2.8 standard errors and a little more."""
+    at = found["detectable"]["micro_math"]
+    assert (at["problems"], at["samples"], at["seeds"]) == (20, 1, 3)
+    variance = 2 * 0.039 / 20 + 2 / 3 * (0.000012 + 0.093 / 20)
+    assert 2.8 < at["mde"] / variance**0.5 < 3.3
+    assert f"in five: {100 * at['mde']:.1f} points on micro_math, with 3 seeds" in " ".join(
+        said.sentences(found)
+    )
+    sft: dict[str, Any] = {"methods": {"sft": {"samples": 1}}, "seeds": 1}
+    one = forecast(small(**sft), num_problems=8, quiet=True)
+    assert one["detectable"]["micro_math"]["mde"] is None
+    assert "One seed" in " ".join(said.sentences(one))
+    two = forecast(small(**sft, data_seeds=[0, 1]), num_problems=8, quiet=True)
+    assert two["detectable"]["micro_math"]["seeds"] == 2  # draws of the data are runs of their own
+
+
 def test_a_plan_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))

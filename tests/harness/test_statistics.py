@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from scipy import integrate, optimize, stats
 
-from harness import standing
+from harness import plan, standing
 from harness import statistics as st
 
 # --- estimators --------------------------------------------------------------------------------
@@ -675,22 +675,26 @@ def test_a_difference_of_the_mde_is_found_four_times_in_five():
 
 
 def test_power_of_the_quickstart_design():
-    """3 seeds x 1,000 problems find 4.1 points with 80 % power, by the committed variances; docs/statistics.md says so."""
+    """3 seeds x 1,000 problems find 3.6 points with 80 % power, by the committed variances; docs/statistics.md says so."""
     path = Path(st.__file__).parents[1] / "results" / "reference" / "quickstart" / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8"))
-    arms = [row for row in summary["arms"] if row["benchmark"] == "micro_math"]
-    trained = {row["method"] for row in arms} - {"base"}
-    between = np.mean([row["seed_sd"] ** 2 for row in arms if row["method"] in trained])
     rows = [row for row in summary["pairs"] if row["benchmark"] == "micro_math"]
-    gaps = [row["se"] ** 2 - 2 / 3 * between for row in rows if {row["a"], row["b"]} <= trained]
-    variances = {"interaction": np.median(gaps) * 1000 / 2, "seed": between}  # of 1,000 problems
+    arms = {row["method"]: row for row in summary["arms"] if row["benchmark"] == "micro_math"}
+    pairs = [row for row in rows if "base" not in (row["a"], row["b"])]
+    variances = {
+        "interaction": float(np.median([row["interaction"] for row in pairs])),
+        **arms["sft"]["variance"],
+    }
+    assert variances == pytest.approx(plan.PILOT, rel=0.02)  # what a plan takes for granted
     mde = {s: st.planned(1000, s, arms=5, **variances).mde for s in (2, 3, 5, 10)}
-    assert {s: round(100 * x, 1) for s, x in mde.items()} == {2: 5.2, 3: 4.1, 5: 3.5, 10: 3.0}
+    assert {s: round(100 * x, 1) for s, x in mde.items()} == {2: 4.3, 3: 3.6, 5: 3.1, 10: 2.8}
+    assert min(row["mde"] for row in pairs) < mde[3] < max(row["mde"] for row in pairs)
     rng = np.random.default_rng(8)
     rounds, found = 500, 0
     for _ in range(rounds):
         y = 0.5 + variances["interaction"] ** 0.5 * rng.standard_normal((5, 1, 1000))
-        y = y + between**0.5 * rng.standard_normal((5, 3, 1))
+        y = y + variances["seed"] ** 0.5 * rng.standard_normal((5, 3, 1))
+        y = y + variances["noise"] ** 0.5 * rng.standard_normal((5, 3, 1000))
         y[0] += mde[3]
         found += st.difference(y[0][..., None], y[1][..., None], st.seed_variance(y)).p < 0.05
     assert found / rounds == pytest.approx(0.8, abs=0.05)
