@@ -21,6 +21,7 @@ from harness.config import Budget, Experiment, parse
 from harness.ledger import Ledger
 from harness.report.sweep import leaderboard
 from harness.sweep import best_of_n, check_objective, sweep
+from harness.trainer import Trainer
 from harness.trial import _reports, _tell, dev_problems, scaled, smaller, surely_worse
 
 SUITE: dict[str, Any] = {
@@ -225,6 +226,20 @@ def test_a_setting_that_cannot_run_is_a_trial_with_its_reason(tmp_path: Path) ->
     for row in study["trials"]:  # one step for two stages
         assert "gets no step" in row["reason"] and row["ledger"]["charged"]["student_generated"] > 0
     assert study["best"] is None
+
+
+def test_a_student_trains_on_after_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, if it has any: not as it answers."""
+    real, modes = Trainer._step, []
+
+    def step(self: Trainer, *given: Any) -> None:
+        modes.append(self.student.model.training)
+        real(self, *given)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    study = tune(suite(tmp_path, sweep={"confirm_seeds": 0}), "sft", trials=1)["studies"][0]
+    assert [point["share"] for point in study["trials"][0]["points"]] == [0.5, 1.0]
+    assert modes == [True] * 8
 
 
 def test_equal_settings_are_trained_once(tmp_path: Path) -> None:
