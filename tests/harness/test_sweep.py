@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 
 from harness import cell, compare, problems, trial
@@ -256,6 +257,17 @@ def test_equal_settings_are_trained_once(tmp_path: Path) -> None:
             assert row["same_as"] == first["number"] and row["value"] == first["value"]
             assert row["ledger"]["spent"]["steps"] == 0 and paid(row) == paid(first)
     assert study["ledger"]["spent"]["steps"] == 16
+    # The pruner has heard of a copy what it heard of the first; what the first lost, a copy did not lose again.
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "results/small/study.log"))
+    storage = optuna.storages.JournalStorage(backend)
+    heard: dict[int, list[dict[int, float]]] = {1: [], 2: []}
+    for each in optuna.load_study(study_name="small/sft", storage=storage).trials:
+        heard[each.params["keep"]].append(each.intermediate_values)
+    assert all(told and told == values[0] for values in heard.values() for told in values)
+    for record in (tmp_path / "results/small/sweep/runs").rglob("trial.json"):
+        record.write_text(json.dumps({**json.loads(record.read_text()), "lost": {"steps": 3}}))
+    last = tune(path, "sft", trials=5, sampler="random")["studies"][0]["trials"][-1]
+    assert last["same_as"] is not None and last["lost"] == {}
 
 
 @pytest.mark.slow
