@@ -283,6 +283,10 @@ class Contamination(Frozen):
     rule: Literal["half", "any", "none"] = "half"
 
 
+# Folders of results/ that no suite may write to
+TAKEN = ("store", "eval", "mlartifacts", "reference")
+
+
 class Experiment(Frozen):
     """A comparison, whole."""
 
@@ -333,6 +337,10 @@ class Experiment(Frozen):
 
     @model_validator(mode="after")
     def _labels(self) -> Experiment:
+        if self.name in TAKEN:
+            raise ValueError(
+                f"name: a folder {self.name!r} beside the results of suites is there for another purpose; take another name"
+            )
         for label, fields in self.methods.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", label):
                 raise ValueError(
