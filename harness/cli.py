@@ -560,7 +560,9 @@ def plan(
         num_problems=probe,
         tokens=tokens,
     )
-    table = Table(*said.HEADER, box=None, pad_edge=False)
+    table = Table(*said.HEADER, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in table.columns[:2]:
+        column.no_wrap = True  # a row stays a line; the heads of the others wrap
     for row in said.rows(found):
         table.add_row(*map(escape, row))
     out.print(table)

@@ -339,7 +339,7 @@ class Experiment(Frozen):
     def _labels(self) -> Experiment:
         if self.name in TAKEN:
             raise ValueError(
-                f"name: a folder {self.name!r} beside the results of suites is there for another purpose; take another name"
+                f"name: results/{self.name} is not for a suite ({', '.join(TAKEN)} are the bench's own): take another name"
             )
         for label, fields in self.methods.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", label):

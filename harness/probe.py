@@ -274,8 +274,8 @@ class Walk:
     def evaluation(self) -> dict[str, Any]:
         """Tokens that one cell writes to answer the benchmarks, seconds where they were measured, problems and samples of each."""
         student = self.cast.student(self.setting)
-        found: dict[str, Any] = {"tokens": 0.0, "seconds": 0.0, "problems": 0, "missing": []}
-        found["asked"] = {}
+        found: dict[str, Any] = {"tokens": 0.0, "seconds": 0.0, "problems": 0}
+        found |= {"asked": {}, "missing": []}
         for name, given in self.setting.benchmarks.items():
             settings = evaluation.Setting.of(name, given)
             items = evaluation.problems_of(

@@ -63,7 +63,7 @@ def test_an_override_of_a_model_that_has_only_a_name(suite: Path) -> None:
             ["bands.top", "some of the levels [1, 2], got [2, 3]"],
         ),
         ("reference=stf", ["'stf'", "sft"]),
-        ("name=store", ["'store'", "take another name"]),
+        ("name=store", ["results/store is not for a suite", "take another name"]),
         ("methods.base={}", ["'base'", "untrained"]),
         ("methods.a/b={}", ["'a/b'", "letters"]),
         ("methods.a.method=5", ["methods.a.method", "got 5"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Sequence
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import SUITES
-from harness import config, plan, problems, sizes, standin
+from harness import cli, config, plan, problems, sizes, standin
 from harness.config import Experiment
 from harness.ledger import Ledger
 from harness.models.decoding import Block
@@ -181,6 +183,18 @@ def test_the_tables_fit_a_terminal(found: dict[str, Any]) -> None:
     text = " ".join(said.sentences(found))
     for words in ("10 students write", "on 32 of 96 training problems", "Peak memory", "Disk"):
         assert words in text
+
+
+def test_a_row_of_the_table_is_a_line(
+    found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(cli, "out", Console(width=80, file=shown))
+    monkeypatch.setattr(plan, "forecast", lambda *_, **__: found)
+    cli.plan("small")
+    lines = [line.split() for line in shown.getvalue().split("\n\n")[0].splitlines()]
+    for row in said.rows(found):
+        assert " ".join(row).split() in lines
 
 
 # Models that are not here
